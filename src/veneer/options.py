@@ -1,0 +1,140 @@
+"""What a run is made of: one typed tree, filled from a YAML file and from flags (`cli.py`), or in Python.
+
+The sections are `model`, `method`, `data`, `training` and `output`. The method section is a method string
+(`"lora:r=16"`) or a mapping with a `name` (`{"name": "lora", "r": 16}`); `config.parse_method` checks it.
+The training section takes every field of `transformers.TrainingArguments` by its own name.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Task = Literal["classification", "causal-lm"]
+
+
+@dataclass
+class ModelOptions:
+    """The frozen base model.
+
+    Args:
+        name: A hub id, a folder, or the name of a sample model (`veneer.samples`).
+        revision: Branch, tag or commit of a hub model.
+        dtype: Type of the frozen weights; `auto` takes what the checkpoint was saved in. Adapters stay in float32.
+        device_map: As in transformers, e.g. `auto`.
+        max_memory: Memory for each device, e.g. `{"cpu": "8GiB", "0": "10GiB"}`; only with `device_map`.
+        attn_implementation: `eager`, `sdpa`, a flash variant, or none for the model's default.
+        trust_remote_code: Allow a hub model to run its own Python code.
+    """
+
+    name: str
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    device_map: str | dict[str, str | int] | None = None
+    max_memory: dict[str, str] | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass
+class DataOptions:
+    """Where the examples come from and how they become tokens.
+
+    Args:
+        train: A csv, tsv, jsonl, json or parquet file, a folder of them, a sample data set, or a hub id.
+        validation: The same for the held-out part; none splits it off `train`.
+        validation_share: Share of `train` that is held out when `validation` is none; 0 holds out nothing.
+        split: Split to read of a hub data set.
+        text_column: Column with the text; found where there is one candidate.
+        label_column: Column with the label; found where there is one candidate.
+        format: How a language-modelling example is written; `auto` reads it from the columns.
+        max_length: Longest sequence in tokens. Longer texts are cut and the number of cut ones is reported.
+        train_on: Which tokens of a language-modelling example carry loss.
+        limit: Use at most this many training examples.
+        validation_limit: Use at most this many held-out examples.
+    """
+
+    train: str
+    validation: str | None = None
+    validation_share: float = 0.1
+    split: str | None = None
+    text_column: str | None = None
+    label_column: str | None = None
+    format: Literal["auto", "prompt-completion", "chat", "text"] = "auto"
+    max_length: int = 512
+    train_on: Literal["completions", "all"] = "completions"
+    limit: int | None = None
+    validation_limit: int | None = None
+
+
+@dataclass
+class OutputOptions:
+    """What a run writes.
+
+    Args:
+        folder: Receives the adapter, the resolved configuration, the checkpoints and the results.
+        overwrite: Allow a folder that already holds another run.
+        resume: Continue from the last complete checkpoint in the folder.
+        early_stopping_patience: Stop after this many evaluations without improvement; none never stops early.
+    """
+
+    folder: str
+    overwrite: bool = False
+    resume: bool = False
+    early_stopping_patience: int | None = None
+
+
+@dataclass
+class RunOptions:
+    """One training run.
+
+    Args:
+        task: What is learnt.
+        model: The base model.
+        method: A method string or a mapping with a `name`.
+        data: The examples.
+        training: Fields of `transformers.TrainingArguments`.
+        output: What is written where.
+    """
+
+    task: Task
+    model: ModelOptions
+    data: DataOptions
+    output: OutputOptions
+    method: str | dict[str, Any] = "lora"
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class RunResult:
+    """What a finished run reports; written to `results.json` in the output folder.
+
+    Args:
+        method: Name of the method.
+        config: The method's configuration, as in `adapter_config.json`.
+        before: Held-out metrics before training.
+        after: Held-out metrics of the trained model.
+        majority: Share of the most frequent held-out class; none for language modelling.
+        labels: Class names in the order of the logits; empty for language modelling.
+        trained_parameters: Number of trained parameters, heads included.
+        total_parameters: Number of all parameters.
+        adapter_bytes: Size of the adapter's tensor file.
+        seconds: Wall-clock time of the training loop, evaluations excluded.
+        peak_memory_bytes: High-water mark of the process's resident memory.
+        history: The trainer's log: dictionaries with `step`, `epoch` and `loss` or `eval_*` figures.
+        examples: Language modelling: prompt, expected, and the text generated before and after training.
+        folder: Where the adapter was saved.
+    """
+
+    method: str
+    config: dict[str, Any]
+    before: dict[str, float]
+    after: dict[str, float]
+    majority: float | None
+    labels: list[str]
+    trained_parameters: int
+    total_parameters: int
+    adapter_bytes: int
+    seconds: float
+    peak_memory_bytes: int
+    history: list[dict[str, Any]]
+    examples: list[dict[str, str]]
+    folder: str
