@@ -1,0 +1,186 @@
+"""The one wrapper: a frozen module with named adapters on it.
+
+All wrappers of a model share one `Switch`, which says what is active, so switching costs the same for any number of
+layers. Merging never touches the frozen layer: the merged one is another module, and unmerging drops it, bit-exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapter import Adapter, Base
+from veneer.errors import StateError, UnsupportedError
+from veneer.sites import Site, site_of
+
+BASE = "__base__"
+"""In a mixed batch: the name for rows that use the frozen model."""
+
+
+@dataclass
+class Switch:
+    """What is active, for all wrappers of one model.
+
+    Attributes:
+        active: Names of the adapters in use, lowest first.
+        enabled: False while adapters are disabled.
+        rows: In a mixed batch, the adapter of each row; otherwise none.
+        merged: Names of the adapters that are merged into the layers.
+    """
+
+    active: tuple[str, ...] = ()
+    enabled: bool = True
+    rows: tuple[str, ...] | None = None
+    merged: tuple[str, ...] = ()
+
+
+class Adapted(nn.Module):
+    """A frozen module and the adapters on it.
+
+    Args:
+        layer: The module.
+        switch: Shared with all other wrappers of the model.
+        path: Where the module stands in the model; used in messages and in files.
+        site: The module as a matrix, where it is one.
+    """
+
+    def __init__(self, layer: nn.Module, switch: Switch, path: str, site: Site | None = None) -> None:
+        super().__init__()
+        self.base_layer = layer
+        self.adapters = nn.ModuleDict()
+        self.switch = switch
+        self.path = path
+        self.site = site if site is not None else site_of(layer)
+        # The frozen layer, while `base_layer` is a merged one. In a list, so that it is no submodule.
+        self._frozen: list[nn.Module] = []
+
+    def __getattr__(self, name: str) -> Any:
+        # Models read attributes of their layers (`weight.dtype`, `attention_type`), and find the layer's own here.
+        # Private ones stay apart: hooks and flags that others keep on a module belong to that module alone.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer" or name.startswith("_"):
+                raise
+            return getattr(self.base_layer, name)
+
+    @property
+    def frozen_layer(self) -> nn.Module:
+        """The layer without any adapter, merged or not."""
+        return self._frozen[0] if self._frozen else self.base_layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        switch = self.switch
+        if switch.rows is not None:
+            return self._mixed(switch.rows, args, kwargs)
+        if not switch.enabled:
+            return self.frozen_layer(*args, **kwargs)
+        if self._frozen:
+            return self.base_layer(*args, **kwargs)
+        return self._run([name for name in switch.active if name in self.adapters], args, kwargs)
+
+    def _run(self, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not names:
+            return self.frozen_layer(*args, **kwargs)
+        if args:
+            x, *rest = args
+        else:  # the input is named, as in attention(hidden_states=...)
+            first = next(iter(kwargs))
+            x, rest = kwargs[first], []
+            kwargs = {k: v for k, v in kwargs.items() if k != first}
+        stack = [self.adapters[name] for name in names]
+        base = Base(self.frozen_layer, self.site, stack, tuple(rest), kwargs)  # type: ignore[arg-type]
+        y = base(x)
+        return y if base.rest is None else (y, *base.rest)
+
+    def _mixed(self, rows: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs each row with its own adapter; rows of one adapter run together."""
+        groups: dict[str, list[int]] = {}
+        for row, name in enumerate(rows):
+            groups.setdefault(name if name in self.adapters else BASE, []).append(row)
+        if len(groups) == 1:
+            (name,) = groups
+            return self._run([] if name == BASE else [name], args, kwargs)
+        if len(args) != 1 or any(isinstance(value, Tensor) for value in kwargs.values()):
+            raise UnsupportedError(
+                f"{self.path} ({type(self.base_layer).__name__}) takes several tensors, so its batch cannot be split "
+                "by adapter. Run the adapters one after the other, or use ones that leave this module out."
+            )
+        (x,) = args
+        per_row = self._inputs_per_row(x, len(rows))
+        y = None
+        for name, members in groups.items():
+            index = torch.tensor(members, device=x.device)
+            if per_row > 1:
+                index = (index[:, None] * per_row + torch.arange(per_row, device=x.device)).flatten()
+            part = self._run([] if name == BASE else [name], (x.index_select(0, index),), kwargs)
+            if y is None:
+                y = part.new_empty(x.shape[0], *part.shape[1:])
+            y = y.index_copy(0, index, part.to(y.dtype))
+        return y
+
+    def _inputs_per_row(self, x: Tensor, rows: int) -> int:
+        """How many entries of the first axis belong to one row: more than one where (batch, time) is flattened."""
+        count, remainder = divmod(x.shape[0], rows)
+        if remainder == 0 and (count == 1 or (count > 1 and x.dim() == 2 and x.is_floating_point())):
+            return count
+        raise StateError(
+            f"{self.path} got an input of shape {tuple(x.shape)} in a mixed batch of {rows} rows: adapter_names needs "
+            "one name for each row of the batch, and a module whose first axis is the batch."
+        )
+
+    # Merging
+
+    def merge(self, names: Sequence[str], check: Callable[[Adapted, nn.Module], None] | None = None) -> nn.Module:
+        """A layer that does alone what the frozen layer does with these adapters. Changes nothing.
+
+        Args:
+            names: The adapters, lowest first; those that this module does not have are passed over.
+            check: Called with the wrapper and the merged layer; raises where that must not be used.
+
+        Raises:
+            UnsupportedError: A method cannot be merged.
+        """
+        layer = self.frozen_layer
+        for name in names:
+            if name in self.adapters:
+                try:
+                    layer = self.adapters[name].merge_into(layer)  # type: ignore[operator]
+                except UnsupportedError as error:
+                    raise UnsupportedError(f"{self.path}, adapter {name!r}: {error}") from error
+        if check is not None:
+            check(self, layer)
+        return layer
+
+    def hold(self, layer: nn.Module) -> None:
+        """Runs `layer` in place of the frozen one."""
+        if layer is not self.frozen_layer:
+            self._frozen = [self.frozen_layer]
+            self.base_layer = layer
+
+    def release(self) -> None:
+        """Goes back to the frozen layer."""
+        if self._frozen:
+            self.base_layer = self._frozen.pop()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapted:
+        super()._apply(fn, recurse)
+        for layer in self._frozen:
+            layer._apply(fn)  # follows the model to another device or dtype
+        return self
+
+
+def wrappers(root: nn.Module) -> Iterator[Adapted]:
+    """All wrappers of a model, outer before inner."""
+    return (module for module in root.modules() if isinstance(module, Adapted))
+
+
+def adapters_of(root: nn.Module, name: str) -> Iterator[tuple[Adapted, Adapter]]:
+    """Wrapper and adapter for every place where the named adapter stands."""
+    for wrapper in wrappers(root):
+        if name in wrapper.adapters:
+            yield wrapper, wrapper.adapters[name]  # type: ignore[misc]

@@ -1,0 +1,235 @@
+"""Adapter files: `adapter_config.json` and `adapter_model.safetensors`, in the layout of `peft`.
+
+A tensor is named `base_model.model.<path of the module>.<name in the method>`, without the name of the adapter. Files
+are written completely or not at all, carry a checksum of their tensors and a fingerprint of the base model in the
+header of the safetensors file (which other readers pass over), and are read whole before the model is touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from veneer import files
+from veneer.adapted import Adapted, adapters_of
+from veneer.adapter import Adapter
+from veneer.config import PeftConfig
+from veneer.errors import BaseMismatchError, CheckpointError, VeneerWarning, nearest
+from veneer.sites import ParameterSite
+from veneer.targets import frozen, walk
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+PREFIX = "base_model.model."
+HEADER = "veneer"
+
+
+def adapter_tensors(root: nn.Module, name: str, prefix: str = PREFIX) -> dict[str, Tensor]:
+    """The named adapter's tensors under their names in a file."""
+    return {
+        f"{prefix}{key}.{tensor_name}": tensor.detach()
+        for key, adapter in _keyed(root, name)
+        for tensor_name, tensor in adapter.to_file().items()
+    }
+
+
+def fill(
+    root: nn.Module, name: str, tensors: Mapping[str, Tensor], *, prefix: str = PREFIX, where: str = "state dict"
+) -> None:
+    """Puts tensors of a file into the named adapter.
+
+    Raises:
+        CheckpointError: Tensors are missing, unexpected or of another shape; lists all of them, and changes nothing.
+    """
+    adapters = dict(_keyed(root, name))
+    expected = {
+        f"{key}.{tensor_name}": tensor.shape
+        for key, adapter in adapters.items()
+        for tensor_name, tensor in adapter.to_file().items()
+    }
+    given = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    extra = set(given) - set(expected)
+    base = _base_tensors(root, {key: given[key] for key in extra})
+    problems = [f"missing {key} {tuple(expected[key])}" for key in expected if key not in given]
+    problems += [
+        f"unexpected {key} {tuple(given[key].shape)}{nearest(key, expected, 1)}" for key in sorted(extra - set(base))
+    ]
+    problems += [
+        f"{key} has shape {tuple(given[key].shape)}, expected {tuple(shape)}"
+        for key, shape in expected.items()
+        if key in given and given[key].shape != shape
+    ]
+    if problems:
+        shown = "\n  ".join(problems[:12]) + (f"\n  and {len(problems) - 12} more" if len(problems) > 12 else "")
+        raise CheckpointError(
+            f"{where} does not fit adapter {name!r} on this {type(root).__name__}:\n  {shown}\n"
+            "Load it onto the base model and with the configuration that it was trained with."
+        )
+    for key, adapter in adapters.items():
+        own = {n: given[f"{key}.{n}"] for n in adapter.to_file()}
+        adapter.from_file(own)
+    for key, parameter in base.items():
+        if not torch.equal(parameter, given[key].to(parameter)):
+            warnings.warn(
+                f"{where} brings its own {key}; it replaced the base model's, for all adapters.",
+                VeneerWarning,
+                stacklevel=3,
+            )
+            with torch.no_grad():
+                parameter.copy_(given[key])
+
+
+def save(root: nn.Module, name: str, config: PeftConfig, folder: Path, prefix: str = PREFIX) -> None:
+    """Writes the named adapter into a folder.
+
+    Raises:
+        CheckpointError: It could not be written; what the folder held before is unchanged.
+    """
+    tensors = {key: tensor.contiguous().cpu() for key, tensor in adapter_tensors(root, name, prefix).items()}
+    seen: set[int] = set()
+    for key, tensor in tensors.items():  # tied copies share memory, which the format does not allow
+        if tensor.data_ptr() in seen:
+            tensors[key] = tensor.clone()
+        seen.add(tensor.data_ptr())
+    header = {"format": "pt", HEADER: json.dumps({"sha256": checksum(tensors), "base": fingerprint(root, name)})}
+
+    def write(path: Path) -> None:
+        try:
+            save_file(tensors, path, metadata=header)
+        except SafetensorError as error:
+            full = "No space left" in str(error) or "StorageFull" in str(error)
+            raise OSError(28 if full else 5, str(error)) from error
+
+    # The configuration comes last: a folder with one is a folder with an adapter.
+    files.write(folder / WEIGHTS_NAME, write)
+    config.save_pretrained(folder)
+
+
+def read(source: str | Path, *, allow_pickle: bool = False, **hub: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of an adapter in a folder or on the hub.
+
+    Args:
+        source: A folder or a hub id.
+        allow_pickle: Also read `adapter_model.bin`, a pickle, of older adapters.
+        hub: `revision`, `subfolder`, `token`, `cache_dir`.
+
+    Raises:
+        CheckpointError: The file is missing, truncated or corrupted.
+    """
+    path = files.find(source, WEIGHTS_NAME, required=False, **hub)
+    if not path.is_file():
+        pickle = files.find(source, PICKLE_NAME, required=False, **hub)
+        if not pickle.is_file():
+            raise CheckpointError(f"{path.parent} has no {WEIGHTS_NAME}. Name the folder that an adapter was saved to.")
+        if not allow_pickle:
+            raise CheckpointError(
+                f"{pickle} is a pickle, and loading one can run code. If you trust where it comes from, pass "
+                "allow_pickle=True, and save the adapter again to get a safetensors file."
+            )
+        return torch.load(pickle, map_location="cpu", weights_only=True), {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dictionary
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        size = path.stat().st_size
+        raise CheckpointError(
+            f"{path} ({size} bytes) is truncated or no safetensors file ({error}). Copy or save the adapter again."
+        ) from error
+    if "sha256" in header and checksum(tensors) != header["sha256"]:
+        raise CheckpointError(f"{path} is corrupted: its tensors do not have the checksum that was saved with them.")
+    return tensors, header
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes, types and bytes."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        tensor = tensors[key].contiguous()
+        digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        if tensor.numel():
+            digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# The fingerprint of a base model: a few numbers out of every adapted weight. Rounding to a 16-bit type moves them by
+# less than a percent, another model by far more.
+SAMPLES = 4
+TOLERANCE = 0.02
+
+
+def fingerprint(root: nn.Module, name: str) -> dict[str, list[float]]:
+    """Some numbers of each adapted weight of the base model, by path."""
+    return {
+        key: [round(float(value), 6) for value in _sample(wrapper)]
+        for key, wrapper, _ in _keyed_wrappers(root, name)
+        if wrapper.site is not None and wrapper.adapters[name].site is not None
+    }
+
+
+def check_base(root: nn.Module, name: str, header: Mapping[str, Any], where: str) -> None:
+    """Refuses an adapter that was trained on other weights than these.
+
+    Raises:
+        BaseMismatchError: So.
+    """
+    saved = header.get("base") or {}
+    own = [(key, wrapper) for key, wrapper, _ in _keyed_wrappers(root, name) if key in saved]
+    if not own:
+        return
+    now = torch.cat([_sample(wrapper) for _, wrapper in own])
+    then = torch.tensor([value for key, _ in own for value in saved[key]])
+    difference = ((now - then).norm() / then.norm().clamp_min(1e-12)).item()
+    if difference > TOLERANCE:
+        raise BaseMismatchError(
+            f"{where} was trained on another base model: the weights it adapts differ by {difference:.0%} "
+            f"from those of this {type(root).__name__}. Load the base that the adapter names (base_model_name_or_path), or pass "
+            "check_base=False if you mean it."
+        )
+
+
+def _sample(wrapper: Adapted) -> Tensor:
+    """Evenly spread elements of the frozen weight."""
+    assert wrapper.site is not None
+    weight = wrapper.site.store.read(wrapper.site.module, wrapper.site.name).reshape(-1)
+    steps = torch.linspace(0, weight.numel() - 1, SAMPLES, dtype=torch.float64).long()
+    return weight[steps.to(weight.device)].float().cpu()
+
+
+def _keyed_wrappers(root: nn.Module, name: str) -> list[tuple[str, Adapted, Adapter]]:
+    """File key, wrapper and adapter of every place; bare parameters of one module are nested, outermost first."""
+    found: list[tuple[str, Adapted, Adapter]] = []
+    depth: dict[str, int] = {}
+    for wrapper, adapter in adapters_of(root, name):
+        key = wrapper.path
+        if isinstance(wrapper.site, ParameterSite):
+            key += ".base_layer" * depth.setdefault(key, 0)
+            depth[wrapper.path] += 1
+        found.append((key, wrapper, adapter))
+    return found
+
+
+def _keyed(root: nn.Module, name: str) -> list[tuple[str, Adapter]]:
+    return [(key, adapter) for key, _, adapter in _keyed_wrappers(root, name)]
+
+
+def _base_tensors(root: nn.Module, given: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    """The embeddings of the base model that a file brings along; peft saves them whole when they were resized."""
+    found: dict[str, nn.Parameter] = {}
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        module = getattr(root, getter, lambda: None)()
+        for path, other in walk(root):
+            if module is not None and other is frozen(module):
+                for key in (f"{path}.weight", f"{path}.base_layer.weight"):
+                    if key in given and given[key].shape == other.weight.shape:
+                        found[key] = other.weight  # type: ignore[assignment]
+    return found

@@ -1,0 +1,195 @@
+"""The `veneer` command: parse, call, print. What each command does is done elsewhere in the package.
+
+Exit codes: 0 done; 1 it cannot be done (the message says why and what to do); 2 the command line is wrong;
+130 interrupted.
+"""
+
+import json
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from jsonargparse import Namespace
+
+from veneer.arguments import parse, run_options
+from veneer.errors import VeneerError, VeneerWarning
+from veneer.usage import UsageError
+
+# Defaults for the libraries below: an answer on the terminal is what the user asked for, not their remarks about it.
+# They are read when those libraries are imported, and a value that the user has set stays as it is.
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = _take_debug(given)
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    with warnings.catch_warnings():
+        _show_warnings(debug)
+        try:
+            command, chosen = parse(given)
+            _COMMANDS[command](chosen)
+            sys.stdout.flush()
+        except SystemExit as error:  # help, version or configuration have been printed
+            return error.code if isinstance(error.code, int) else 0
+        except VeneerError as error:
+            if debug:
+                raise
+            print(f"veneer: error: {error}", file=sys.stderr)
+            return 2 if isinstance(error, UsageError) else 1
+        except KeyboardInterrupt:
+            print(_interrupted(given), file=sys.stderr)
+            return 130
+        except BrokenPipeError:
+            # The reader, `head` for example, has had enough. What is left in the buffer must not raise at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+    return 0
+
+
+def _train(chosen: Namespace) -> None:
+    options = run_options(chosen)
+    from veneer.evaluation.report import summary_table
+    from veneer.training.run import train
+
+    result = train(options, console=_console(sys.stderr))
+    _console().print(summary_table([result]))
+    print(f"Adapter: {result.folder}\nUse it: veneer predict {shlex.quote(result.folder)} TEXT")
+
+
+def _evaluate(chosen: Namespace) -> None:
+    from veneer.training.run import evaluate
+
+    metrics = evaluate(chosen.folder, chosen.data)
+    if chosen.json:
+        print(json.dumps(metrics))
+        return
+    _print_pairs({name.removeprefix("eval_"): _number(value) for name, value in metrics.items()})
+
+
+def _predict(chosen: Namespace) -> None:
+    from veneer.training.run import predictor
+
+    if chosen.texts and chosen.file:
+        raise UsageError("predict: give texts or --file, not both.")
+    answer = predictor(chosen.folder, max_new_tokens=chosen.max_new_tokens, temperature=chosen.temperature)
+    for text, found in _answers(answer, chosen):
+        if chosen.json:
+            print(json.dumps({"text": text, **found}, ensure_ascii=False), flush=True)
+        else:
+            print(_answer_line(text, found), flush=True)
+
+
+def _answers(
+    answer: Callable[[list[str]], list[dict[str, Any]]], chosen: Namespace
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    for texts in _texts(chosen):
+        yield from zip(texts, answer(texts), strict=True)
+
+
+def _texts(chosen: Namespace) -> Iterator[list[str]]:
+    """The texts, in groups that are answered together."""
+    if chosen.texts:
+        yield chosen.texts
+    elif chosen.file:
+        from veneer.training.run import read_texts
+
+        yield read_texts(chosen.folder, chosen.file)
+    else:
+        if sys.stdin.isatty():
+            print("One text a line; Ctrl-D ends.", file=sys.stderr)
+        # One by one: whoever writes into the pipe may be waiting for the answer.
+        for line in sys.stdin:
+            if line.strip():
+                yield [line.rstrip("\n")]
+
+
+def _merge(chosen: Namespace) -> None:
+    from veneer.merging import merge_folder
+
+    merged = merge_folder(chosen.folder, chosen.output, base=chosen.base)
+    print(f"Merged model: {chosen.output}")
+    print(
+        f"Largest difference from the adapted model's outputs: {merged.difference:.2g} (allowed {merged.allowed:.2g})"
+    )
+
+
+def _inspect(chosen: Namespace) -> None:
+    from veneer import inspection
+
+    found = inspection.inspect(chosen.what, method=chosen.method, target=chosen.target)
+    if chosen.json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        _console().print(found)
+
+
+def _demo(chosen: Namespace) -> None:
+    from veneer.evaluation.demo import run_demo
+
+    run_demo(chosen.output, quick=chosen.quick)
+
+
+def _samples(chosen: Namespace) -> None:
+    from veneer import samples
+
+    if not chosen.names:
+        samples.main([])
+    for name in chosen.names:
+        print(samples.fetch(name))
+
+
+_COMMANDS: dict[str, Callable[[Namespace], None]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "predict": _predict,
+    "merge": _merge,
+    "inspect": _inspect,
+    "demo": _demo,
+    "samples": _samples,
+}
+
+
+def _take_debug(arguments: list[str]) -> bool:
+    """Remove `--debug`, which every command takes in any place, except after `--`."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    if "--debug" not in arguments[:end]:
+        return False
+    arguments.remove("--debug")
+    return True
+
+
+def _show_warnings(debug: bool) -> None:
+    """Show Veneer's own warnings as one line; those of other packages only to who asked for details."""
+    original = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if issubclass(category, VeneerWarning):
+            print(f"veneer: warning: {message}", file=sys.stderr)
+        elif debug or sys.warnoptions:
+            original(message, category, *rest, **more)
+
+    warnings.showwarning = show
+
+
+def _interrupted(arguments: Sequence[str]) -> str:
+    if arguments[:1] != ["train"]:
+        return "veneer: interrupted; nothing was left half-written."
+    again = shlex.join(["veneer", *arguments, "--output.resume", "true"])
+    return f"veneer: interrupted. Go on from the last complete checkpoint with: {again}"
+
+
+def _console(file: Any = None) -> Any:
+    from rich.console import Console
+
+    return Console(file=file or sys.stdout, highlight=False)

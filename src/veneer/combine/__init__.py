@@ -1,0 +1,1 @@
+"""New adapters out of trained ones."""

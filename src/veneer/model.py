@@ -1,0 +1,623 @@
+"""`PeftModel`: a frozen model with adapters, under the names that users of `peft` know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from veneer import checkpoint
+from veneer.adapted import BASE, Adapted, Switch, adapters_of, wrappers
+from veneer.attach import attach, check_name, detach, set_trainable, switch_of, untie, unwrap
+from veneer.config import PeftConfig, TaskType, parse_method
+from veneer.errors import ConfigError, StateError, nearest
+
+
+class BaseModel(nn.Module):
+    """Holds the adapted model as `.model`, so that paths and file keys read `base_model.model.<path>` as in `peft`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+
+class PeftModel(nn.Module):
+    """A frozen model with named adapters, of which some are active.
+
+    Attributes that are not defined here are those of the base model (`config`, `device`, `generate`'s settings ...).
+
+    Args:
+        model: The base model; its modules are wrapped in place, its weights stay as they are.
+        peft_config: Configuration of the first adapter.
+        adapter_name: Its name.
+        autocast_adapter_dtype: Keep adapters in float32 where the base model is in a 16-bit type.
+
+    Raises:
+        TargetError: A target matches nothing or cannot be adapted.
+        ConfigError: The configuration contradicts itself, or the model already is a `PeftModel`.
+    """
+
+    heads: ClassVar[tuple[str, ...]] = ()
+    """Names of newly made heads, trained whole with every adapter."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | str | Mapping[str, Any],
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        **start: Any,
+    ) -> None:
+        super().__init__()
+        if isinstance(model, PeftModel):
+            raise ConfigError("The model already has adapters. Call its add_adapter(name, config) for another one.")
+        if switch_of(model) is not None:
+            raise ConfigError("The model holds adapters already. Call unload() on its PeftModel before wrapping it.")
+        self.base_model = BaseModel(model)
+        self.peft_config: dict[str, PeftConfig] = {}
+        self.switch = Switch()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        try:
+            self._add(adapter_name, peft_config, autocast=autocast_adapter_dtype, **start)
+        except Exception:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            raise
+        self.set_adapter(adapter_name)
+        if getattr(model, "is_gradient_checkpointing", False):
+            self._let_gradients_through()
+
+    def __getattr__(self, name: str) -> Any:
+        # One tunnel to the base model, since scripts and trainers ask a PeftModel for anything a model has.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("base_model", "__setstate__"):
+                raise
+            return getattr(self.base_model, name)
+
+    # Running
+
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Runs the base model with the active adapters; `adapter_names` gives one adapter a row of the batch."""
+        with self._rows(adapter_names):
+            return self.base_model(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's `generate`; with `adapter_names`, each row of the batch has its adapter."""
+        if adapter_names is not None:
+            # Beams and returned sequences become rows of their own, next to each other.
+            config = kwargs.get("generation_config") or self.get_base_model().generation_config
+            beams = kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
+            sequences = kwargs.get("num_return_sequences") or getattr(config, "num_return_sequences", None) or 1
+            copies = max(beams, sequences)
+            adapter_names = [name for name in adapter_names for _ in range(copies)]
+        with self._rows(adapter_names):
+            return self.base_model.generate(*args, **kwargs)
+
+    @contextmanager
+    def _rows(self, names: Sequence[str] | None) -> Iterator[None]:
+        if names is None:
+            yield
+            return
+        if not self.switch.enabled:
+            raise StateError("adapter_names was given while adapters are disabled. Leave disable_adapter() first.")
+        self._known([name for name in names if name != BASE])
+        self.switch.rows = tuple(names)
+        try:
+            yield
+        finally:
+            self.switch.rows = None
+
+    def get_base_model(self) -> nn.Module:
+        """The base model, with its wrappers."""
+        return self.base_model.model
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Turns on the base model's gradient checkpointing and lets gradients reach adapters in every layer."""
+        self.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
+        self._let_gradients_through()
+
+    def _let_gradients_through(self) -> None:
+        # A checkpointed segment is only differentiated if its input asks for it, and a frozen embedding's does not.
+        enable = getattr(self.get_base_model(), "enable_input_require_grads", None)
+        if enable is not None:
+            enable()
+
+    # Adapters
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.switch.active)
+
+    @property
+    def active_adapter(self) -> str:
+        """Name of the active adapter; of the lowest one where several are active."""
+        return self.switch.active[0]
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        return self.peft_config[self.active_adapter]
+
+    @property
+    def peft_type(self) -> str | None:
+        return self.active_peft_config.peft_type
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig | str | Mapping[str, Any],
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Adds an adapter beside the present ones; it becomes active with `set_adapter`.
+
+        Args:
+            adapter_name: A new name.
+            peft_config: Its configuration, or a method string.
+            low_cpu_mem_usage: Leave it without memory, to be filled by `set_peft_model_state_dict`.
+            autocast_adapter_dtype: Keep it in float32 where the base model is in a 16-bit type.
+
+        Raises:
+            ConfigError, TargetError: As for the first adapter; the model is left as it was.
+        """
+        self._unmerged("add an adapter")
+        self._add(adapter_name, peft_config, autocast=autocast_adapter_dtype, start=not low_cpu_mem_usage)
+        set_trainable(self.get_base_model(), self.switch.active, trainable=any(self._trained()))
+
+    def _add(self, name: str, config: PeftConfig | str | Mapping[str, Any], **how: Any) -> None:
+        config = parse_method(config)
+        root = self.get_base_model()
+        if name in self.peft_config:
+            check_name(name, root)
+        if self.heads and config.task_type is not None:
+            given = getattr(config, "modules_to_save", None) or []
+            config.modules_to_save = list(dict.fromkeys([*given, *self.heads]))  # type: ignore[attr-defined]
+        if config.base_model_name_or_path is None:
+            base_config = getattr(root, "config", None)
+            config.base_model_name_or_path = (
+                getattr(base_config, "name_or_path", None) or getattr(base_config, "_name_or_path", None) or None
+            )
+        attach(root, name, config, self.switch, optional_copies=self.heads, **how)
+        self.peft_config[name] = config
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Makes the named adapter active and trainable, or several, lowest first; all others rest, frozen.
+
+        Raises:
+            StateError: A name is not there, or adapters are merged.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._known(names)
+        self._unmerged("switch adapters")
+        set_trainable(self.get_base_model(), names, trainable=not inference_mode)
+        self.switch.active = tuple(names)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Lets the named adapters be trained, or freezes them, whether they are active or not."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._known(names)
+        for name in names:
+            for _, adapter in adapters_of(self.get_base_model(), name):
+                adapter.requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter; if it was active, the first remaining one takes its place.
+
+        Raises:
+            StateError: It is not there, or adapters are merged.
+        """
+        self._known([adapter_name])
+        self._unmerged("delete an adapter")
+        trained = any(self._trained())
+        detach(self.get_base_model(), adapter_name)
+        del self.peft_config[adapter_name]
+        remaining = [name for name in self.switch.active if name != adapter_name] or list(self.peft_config)[:1]
+        self.switch.active = tuple(remaining)
+        set_trainable(self.get_base_model(), remaining, trainable=trained)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within the context the model is the base model, merged adapters included."""
+        before, self.switch.enabled = self.switch.enabled, False
+        try:
+            yield
+        finally:
+            self.switch.enabled = before
+
+    def disable_adapter_layers(self) -> None:
+        """Makes the model the base model until `enable_adapter_layers`."""
+        self.switch.enabled = False
+
+    def enable_adapter_layers(self) -> None:
+        self.switch.enabled = True
+
+    def _known(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in self.peft_config:
+                raise StateError(
+                    f"There is no adapter {name!r}.{nearest(name, self.peft_config)} Loaded: {list(self.peft_config)}."
+                )
+
+    def _unmerged(self, action: str) -> None:
+        if self.switch.merged:
+            raise StateError(
+                f"Cannot {action} while {list(self.switch.merged)} are merged. Call unmerge_adapter() first; that is "
+                "exact."
+            )
+
+    def _trained(self) -> Iterator[bool]:
+        return (
+            parameter.requires_grad
+            for name in self.switch.active
+            for _, adapter in adapters_of(self.get_base_model(), name)
+            for parameter in adapter.parameters()
+        )
+
+    # Merging
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Runs layers that hold the adapted weights; either all layers are merged or none.
+
+        Args:
+            adapter_names: Adapters to merge, lowest first; the active ones if none.
+            safe_merge: Also check that the merged weights are finite.
+
+        Raises:
+            UnsupportedError: A method cannot be merged.
+            StateError: Adapters are merged already, or a merged weight is not finite.
+        """
+        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        self._known(names)
+        self._unmerged("merge")
+        check = _check_finite if safe_merge else None
+        held: list[Adapted] = []
+        try:
+            for wrapper in _inner_first(self.get_base_model()):
+                wrapper.hold(wrapper.merge(names, check))
+                held.append(wrapper)
+        except Exception:
+            for wrapper in reversed(held):
+                wrapper.release()
+            raise
+        self.switch.merged = tuple(names)
+
+    def unmerge_adapter(self) -> None:
+        """Goes back to the frozen layers, bit for bit."""
+        for wrapper in wrappers(self.get_base_model()):
+            wrapper.release()
+        self.switch.merged = ()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """The base model with the adapters merged into it and all wrappers gone.
+
+        Raises:
+            UnsupportedError, StateError: As `merge_adapter`; the model is left as it was.
+        """
+        if not self.switch.merged or adapter_names is not None:
+            self.merge_adapter(adapter_names, safe_merge)
+        root = self.get_base_model()
+        unwrap(root, _innermost)
+        untie(root)
+        return root
+
+    def unload(self) -> nn.Module:
+        """The base model without any adapter."""
+        self.unmerge_adapter()
+        root = self.get_base_model()
+        unwrap(root, _innermost)
+        return root
+
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, **how: Any
+    ) -> None:
+        """Adds a LoRA adapter that combines others; see `veneer.combine.weighted.combine`."""
+        from veneer.combine.weighted import combine
+
+        self._known(adapters)
+        self._unmerged("combine adapters")
+        combine(self, adapters, weights, adapter_name, **how)
+
+    # Files
+
+    def save_pretrained(
+        self, save_directory: str | Path, selected_adapters: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        """Writes adapters: `default` into the folder itself, others into a subfolder of their name.
+
+        Args:
+            save_directory: The folder; made if absent.
+            selected_adapters: Which ones; all if none.
+            kwargs: `is_main_process` as in `peft`; other arguments of its `save_pretrained` have no use here.
+
+        Raises:
+            CheckpointError: A file could not be written; earlier files are unchanged.
+        """
+        if not kwargs.pop("is_main_process", True):
+            return
+        unknown = set(kwargs) - {
+            "safe_serialization",
+            "state_dict",
+            "save_embedding_layers",
+            "path_initial_model_for_weight_conversion",
+        }
+        if unknown:
+            raise TypeError(f"save_pretrained() has no argument {sorted(unknown)[0]!r}.")
+        if kwargs.get("safe_serialization") is False:
+            raise ConfigError("Veneer writes safetensors only. Leave out safe_serialization=False.")
+        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        self._known(names)
+        for name in names:
+            folder = Path(save_directory) / ("" if name == "default" else name)
+            config = self.peft_config[name]
+            inference = config.inference_mode
+            config.inference_mode = True
+            try:
+                checkpoint.save(self.get_base_model(), name, config, folder)
+            finally:
+                config.inference_mode = inference
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        check_base: bool = True,
+        allow_pickle: bool = False,
+        low_cpu_mem_usage: bool = True,
+        **hub: Any,
+    ) -> PeftModel:
+        """The model with a saved adapter.
+
+        Args:
+            model: The base model that it was trained on.
+            model_id: Folder or hub id of the adapter.
+            adapter_name: Name to load it under.
+            is_trainable: Leave it trainable.
+            config: Use this configuration instead of the saved one.
+            autocast_adapter_dtype: Keep it in float32 where the base model is in a 16-bit type.
+            check_base: Refuse a base model whose weights are not those that the adapter was trained on.
+            allow_pickle: Read an `adapter_model.bin` too.
+            low_cpu_mem_usage: Kept for `peft`; adapters are always filled without being initialised first.
+            hub: `revision`, `subfolder`, `token`, `cache_dir`.
+
+        Raises:
+            CheckpointError: The files are missing, truncated, corrupted, or do not fit the model.
+            BaseMismatchError: The adapter was trained on another base model.
+        """
+        tensors, header = checkpoint.read(model_id, allow_pickle=allow_pickle, **hub)
+        config = config or PeftConfig.from_pretrained(model_id, **hub)
+        wanted = class_for(config) if cls is PeftModel else cls
+        result = wanted(model, config, adapter_name, autocast_adapter_dtype, start=False)
+        try:
+            result._take(adapter_name, tensors, header, str(model_id), check_base, is_trainable)
+        except Exception:
+            result.unload()
+            raise
+        return result.eval()
+
+    def load_adapter(
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        check_base: bool = True,
+        allow_pickle: bool = False,
+        low_cpu_mem_usage: bool = True,
+        **hub: Any,
+    ) -> None:
+        """Loads a saved adapter beside the present ones; arguments and errors as in `from_pretrained`."""
+        self._unmerged("load an adapter")
+        tensors, header = checkpoint.read(model_id, allow_pickle=allow_pickle, **hub)
+        config = config or PeftConfig.from_pretrained(model_id, **hub)
+        self._add(adapter_name, config, start=False, autocast=autocast_adapter_dtype)
+        try:
+            self._take(adapter_name, tensors, header, str(model_id), check_base, is_trainable)
+        except Exception:
+            detach(self.get_base_model(), adapter_name)
+            del self.peft_config[adapter_name]
+            raise
+
+    def _take(
+        self,
+        name: str,
+        tensors: dict[str, Tensor],
+        header: dict[str, Any],
+        where: str,
+        check_base: bool,
+        trainable: bool,
+    ) -> None:
+        root = self.get_base_model()
+        if check_base:
+            checkpoint.check_base(root, name, header, where)
+        checkpoint.fill(root, name, tensors, where=where)
+        self.peft_config[name].inference_mode = not trainable
+        for _, adapter in adapters_of(root, name):
+            adapter.requires_grad_(trainable and name in self.switch.active)
+            adapter.train(self.training)
+
+    # Counting
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Numbers of trainable parameters and of all parameters, each counted once."""
+        parameters = list(self.parameters())
+        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+    def print_trainable_parameters(self) -> None:
+        """Prints what is trained, in the words of `peft`."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
+
+
+class PeftModelForSequenceClassification(PeftModel):
+    heads = ("classifier", "score")
+
+
+class PeftModelForTokenClassification(PeftModel):
+    heads = ("classifier", "score")
+
+
+class PeftModelForQuestionAnswering(PeftModel):
+    heads = ("qa_outputs",)
+
+
+class PeftModelForCausalLM(PeftModel):
+    pass
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    pass
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    pass
+
+
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
+    TaskType.SEQ_CLS: PeftModelForSequenceClassification,
+    TaskType.TOKEN_CLS: PeftModelForTokenClassification,
+    TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
+    TaskType.CAUSAL_LM: PeftModelForCausalLM,
+    TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
+    TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
+}
+
+
+def class_for(config: PeftConfig) -> type[PeftModel]:
+    """The class of adapted models for the configuration's task."""
+    return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", PeftModel)
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig | str | Mapping[str, Any],
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """Freezes a model and puts an adapter on it.
+
+    Args:
+        model: Any module; its modules are wrapped in place.
+        peft_config: A configuration, a method string such as `"lora:r=16"`, or a mapping with a `name`.
+        adapter_name: Name of the adapter.
+        mixed: Kept for `peft`; adapters of different methods can always stand on one model.
+        autocast_adapter_dtype: Keep the adapter in float32 where the model is in a 16-bit type.
+        revision: Revision of the base model, noted in the adapter's configuration.
+        low_cpu_mem_usage: Leave the adapter without memory, to be filled by `set_peft_model_state_dict`.
+
+    Returns:
+        The adapted model, of the class for the configuration's `task_type`.
+
+    Raises:
+        TargetError, ConfigError: The configuration does not fit the model, which is left as it was.
+    """
+    config = parse_method(peft_config)
+    if revision is not None:
+        config.revision = revision
+    return class_for(config)(model, config, adapter_name, autocast_adapter_dtype, start=not low_cpu_mem_usage)
+
+
+def inject_adapter_in_model(
+    peft_config: PeftConfig | str | Mapping[str, Any],
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+) -> nn.Module:
+    """Puts an adapter on a model and returns the model itself, without a `PeftModel` around it.
+
+    Raises:
+        TargetError, ConfigError: The configuration does not fit the model, which is left as it was.
+    """
+    switch = switch_of(model) or Switch()
+    attach(model, adapter_name, parse_method(peft_config), switch, start=not low_cpu_mem_usage)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    switch.active = (adapter_name,)
+    set_trainable(model, [adapter_name])
+    return model
+
+
+def get_peft_model_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str = "default", **kwargs: Any
+) -> dict[str, Tensor]:
+    """An adapter's tensors under the names they have in a file."""
+    root, prefix = _root(model)
+    return checkpoint.adapter_tensors(root, adapter_name, prefix)
+
+
+def set_peft_model_state_dict(
+    model: nn.Module, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default", **kwargs: Any
+) -> None:
+    """Fills an adapter with tensors that `get_peft_model_state_dict` gave.
+
+    Raises:
+        CheckpointError: Tensors are missing, unexpected or of another shape; nothing is changed.
+    """
+    root, prefix = _root(model)
+    checkpoint.fill(root, adapter_name, peft_model_state_dict, prefix=prefix)
+
+
+def load_peft_weights(model_id: str | Path, device: str | None = None, **hub: Any) -> dict[str, Tensor]:
+    """The tensors of a saved adapter under the names they have in its file.
+
+    Raises:
+        CheckpointError: The file is missing, truncated or corrupted.
+    """
+    tensors, _ = checkpoint.read(model_id, **hub)
+    return {key: tensor.to(device or "cpu") for key, tensor in tensors.items()}
+
+
+def _root(model: nn.Module) -> tuple[nn.Module, str]:
+    return (model.get_base_model(), checkpoint.PREFIX) if isinstance(model, PeftModel) else (model, "")
+
+
+def _inner_first(root: nn.Module) -> list[Adapted]:
+    return list(wrappers(root))[::-1]
+
+
+def _innermost(wrapper: Adapted) -> nn.Module:
+    layer: nn.Module = wrapper
+    while isinstance(layer, Adapted):
+        layer = layer.base_layer
+    return layer
+
+
+def _check_finite(wrapper: Adapted, layer: nn.Module) -> None:
+    if layer is wrapper.frozen_layer:
+        return
+    for name, tensor in layer.named_parameters():
+        if not torch.isfinite(tensor).all():
+            raise StateError(
+                f"{wrapper.path}.{name} would hold NaN or infinity after merging. The adapter is broken; train it "
+                "again with a lower learning rate."
+            )

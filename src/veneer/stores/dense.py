@@ -1,0 +1,99 @@
+"""Plain floating-point tensors, on one device, on several, or offloaded by accelerate."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from veneer.errors import TargetError
+
+
+class DenseStore:
+    """Reads and writes tensors that are kept as they are used."""
+
+    def shape(self, module: nn.Module, name: str) -> torch.Size:
+        return module.get_parameter(name).shape
+
+    def dtype(self, module: nn.Module, name: str) -> torch.dtype:
+        return module.get_parameter(name).dtype
+
+    def device(self, module: nn.Module, name: str) -> torch.device:
+        """Where the layer computes; an offloaded tensor itself has no place of its own."""
+        owner = owner_of(module, name)
+        if is_offloaded(owner):
+            return torch.device(owner._hf_hook.execution_device)  # type: ignore[union-attr, arg-type]
+        return module.get_parameter(name).device
+
+    def read(self, module: nn.Module, name: str) -> Tensor:
+        owner = owner_of(module, name)
+        if is_offloaded(owner):
+            from accelerate.utils import align_module_device
+
+            with align_module_device(owner):
+                return module.get_parameter(name).detach().clone()
+        return module.get_parameter(name).detach()
+
+    def write(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """A copy of `module` that shares everything with it except the named tensors."""
+        cast = {}
+        for name, tensor in tensors.items():
+            like = name if name in dict(module.named_parameters()) else "weight"
+            cast[name] = tensor.detach().to(device=self.device(module, like), dtype=self.dtype(module, like))
+        return shallow_copy(module, cast)
+
+
+def check_dense(module: nn.Module) -> None:
+    """Refuses a layer whose weight is not a plain floating-point tensor.
+
+    Raises:
+        TargetError: The weight is packed or of an integer type.
+    """
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and not weight.is_floating_point():
+        raise TargetError(
+            f"The weight of {type(module).__name__} is kept as {weight.dtype}; no store of this version reads it. "
+            "Load the model without quantisation."
+        )
+
+
+def owner_of(module: nn.Module, name: str) -> nn.Module:
+    """The module that holds the tensor itself; `name` may reach into children."""
+    return module.get_submodule(name.rpartition(".")[0])
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps the module's tensors elsewhere and fetches them for each call."""
+    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
+
+
+def shallow_copy(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A copy that shares everything with `module` except the named tensors; dotted names reach into children."""
+    twin = copy.copy(module)
+    twin.__dict__["_parameters"] = dict(module._parameters)
+    twin.__dict__["_modules"] = dict(module._modules)
+    if "_hf_hook" in twin.__dict__:
+        # accelerate binds the hooked forward to the instance, so the copy would run the original. Its tensors lie on
+        # the execution device, so it needs no more of the hook than moving its input there.
+        from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+        device = twin.__dict__.pop("_hf_hook").execution_device
+        for bound in ("forward", "_old_forward"):
+            twin.__dict__.pop(bound, None)
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta and name not in tensors:
+                twin._parameters[name] = nn.Parameter(DenseStore().read(module, name), requires_grad=False)
+        if device is not None:
+            add_hook_to_module(twin, AlignDevicesHook(execution_device=device, io_same_device=True))
+    below: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        child, _, rest = name.partition(".")
+        if rest:
+            below.setdefault(child, {})[rest] = tensor
+        else:
+            twin._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+    for name, inner in below.items():
+        twin._modules[name] = shallow_copy(module.get_submodule(name), inner)
+    return twin

@@ -1,0 +1,117 @@
+"""Where things are in a transformers model: its blocks, their attention and feed-forward parts, and its head.
+
+Found from the module tree, not from a list of model families: a block is an element of a `ModuleList` that holds an
+attention module; the last projection inside the attention is its output, and the last one outside it is the output of
+the feed-forward part. A model of another build is told apart by a width check, and then the modules are named by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+
+from torch import nn
+
+from veneer.errors import TargetError
+from veneer.sites import site_of
+
+PLACES = ("attention-output", "ffn-output")
+"""Names that `target_modules` understands, beside module names."""
+
+# Query and value projections, or the fused one, by the names in use; the first that a model has is taken.
+_ATTENTION_INPUTS = (
+    ("q_proj", "v_proj"),
+    ("query", "value"),
+    ("query_proj", "value_proj"),
+    ("q_lin", "v_lin"),
+    ("q", "v"),
+    ("query_key_value",),
+    ("qkv_proj",),
+    ("c_attn",),
+    ("Wqkv",),
+    ("qkv",),
+    ("in_proj",),
+)
+
+
+def place(name: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Paths of the modules whose output is the named place, in model order.
+
+    Args:
+        name: One of `PLACES`.
+        modules: All modules of the model by path.
+
+    Raises:
+        TargetError: The model has no such place that can be found.
+    """
+    found: dict[str, list[str]] = {place: [] for place in PLACES}
+    for block in blocks(modules):
+        linears = [p for p in modules if _inside(p, block) and is_linear(modules[p])]
+        attentions: dict[str, str] = {}  # attention module -> its last projection
+        feed_forward = None
+        for path in linears:
+            attention = _attention_of(path, block, modules)
+            if attention is None:
+                feed_forward = path
+            else:
+                attentions[attention] = path
+        found["attention-output"] += attentions.values()
+        found["ffn-output"] += [feed_forward] if feed_forward else []
+    widths = {place: {_width(modules[path]) for path in paths} for place, paths in found.items()}
+    if not found[name] or len(widths[name]) != 1 or widths[name] != widths["attention-output"]:
+        raise TargetError(
+            f"The place {name!r} was not found in this model (looked for projections of one width at the end of each "
+            f"block; saw {found[name][:3] or 'none'} of widths {sorted(widths[name])}, attention of "
+            f"{sorted(widths['attention-output'])}). Name the modules in `target_modules`."
+        )
+    return found[name]
+
+
+def blocks(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Paths of the innermost list elements that hold attention and projections beside it, or only attention."""
+    held: dict[str, set[bool]] = {}  # list element -> whether its projections are inside attention
+    for path in modules:
+        if is_linear(modules[path]):
+            for element in _list_elements(path, modules):
+                held.setdefault(element, set()).add(_attention_of(path, element, modules) is not None)
+    whole = [element for element, inside in held.items() if inside == {True, False}]
+    if not whole:  # experts keep their weights as bare parameters, not as projections
+        whole = [element for element, inside in held.items() if inside == {True}]
+    return [element for element in whole if not any(_inside(other, element) for other in whole)]
+
+
+def attention_inputs(modules: Mapping[str, nn.Module]) -> list[str] | None:
+    """Names of the query and value projections, the usual places of low-rank adapters; none if there are none."""
+    leaves = {path.rpartition(".")[2] for path, module in modules.items() if is_linear(module)}
+    return next((list(names) for names in _ATTENTION_INPUTS if leaves.issuperset(names)), None)
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _inside(path: str, parent: str) -> bool:
+    return path.startswith(parent + ".")
+
+
+def _parents(path: str) -> list[str]:
+    """Paths of all modules above, outermost first."""
+    parts = path.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
+
+
+def _list_elements(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    parents = [*_parents(path), path]
+    return [b for a, b in pairwise(parents) if isinstance(modules.get(a), nn.ModuleList)]
+
+
+def _attention_of(path: str, block: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """The outermost attention module above `path` within `block`, or none."""
+    above = (p for p in _parents(path) if _inside(p, block) and p in modules)
+    return next((p for p in above if "Attention" in type(modules[p]).__name__), None)
+
+
+def _width(module: nn.Module) -> int:
+    site = site_of(module)
+    assert site is not None
+    return site.shape[0]

@@ -1,0 +1,176 @@
+"""Which modules a configuration means.
+
+`walk` lists a model's modules by the paths they have without adapters; `match` chooses among them. Nothing is chosen
+silently: a target that matches nothing is an error that names the nearest matches.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from veneer import structure
+from veneer.adapted import Adapted
+from veneer.config import ModuleConfig, TaskType
+from veneer.errors import TargetError, VeneerWarning, nearest
+
+ALL_LINEAR = "all-linear"
+
+# Heads of classification models; trained whole, so no adapter goes on them.
+HEADS = ("classifier", "score", "qa_outputs", "classification_head")
+
+
+def is_shorthand(expression: object) -> bool:
+    """Whether a target string is a word of this library rather than a regular expression."""
+    return isinstance(expression, str) and expression.lower() in (ALL_LINEAR, *structure.PLACES)
+
+
+def walk(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Path and module of all modules below `root`; wrappers are passed through, adapters are left out."""
+    for name, child in root.named_children():
+        path = f"{prefix}.{name}" if prefix else name
+        inner = frozen(child)
+        yield path, inner
+        yield from walk(inner, path)
+
+
+def frozen(module: nn.Module) -> nn.Module:
+    """The module without any wrapper around it."""
+    while isinstance(module, Adapted):
+        module = module.frozen_layer
+    return module
+
+
+def match(root: nn.Module, config: ModuleConfig, *, strict: bool = True) -> list[str]:
+    """Paths of the modules that the configuration targets, in model order.
+
+    Args:
+        root: The model.
+        config: Its `target_modules`, `exclude_modules`, `layers_to_transform`, `layers_pattern` and `modules_to_save`.
+        strict: Whether one name of a list that matches nothing is worth a warning.
+
+    Raises:
+        TargetError: Nothing matches.
+    """
+    modules = dict(walk(root))
+    targets = config.target_modules if config.target_modules is not None else default_targets(config, root, modules)
+    chosen = [path for path in _choose(targets, modules, root, config) if not _excluded(path, config)]
+    if config.layers_to_transform is not None:
+        chosen = [path for path in chosen if _in_layers(path, config)]
+    if not chosen:
+        raise TargetError(_nothing(targets, modules, config))
+    if strict and isinstance(targets, list):
+        unmatched = [name for name in targets if not any(_has_suffix(path, name) for path in modules)]
+        if unmatched:
+            warnings.warn(
+                f"target_modules: {unmatched} match no module of {type(root).__name__}; the others were adapted."
+                + "".join(nearest(name, _names(modules)) for name in unmatched),
+                VeneerWarning,
+                stacklevel=3,
+            )
+    return chosen
+
+
+def default_targets(config: ModuleConfig, root: nn.Module, modules: Mapping[str, nn.Module]) -> Any:
+    """What `target_modules=None` means for this method on this model.
+
+    Raises:
+        TargetError: The method has no default here.
+    """
+    options = type(config).default_targets or (structure.attention_inputs(modules) or [],)
+    default = next((option for option in options if any(_choose(option, modules, root, config))), None)
+    if default is None:
+        raise TargetError(
+            f"{type(config).__name__} has no default targets for {type(root).__name__}. Set target_modules, for "
+            f"example to {ALL_LINEAR!r} or to some of {_names(modules)[:8]}."
+        )
+    return default
+
+
+def _choose(targets: Any, modules: Mapping[str, nn.Module], root: nn.Module, config: ModuleConfig) -> Iterable[str]:
+    if callable(targets):
+        return [path for path, module in modules.items() if targets(path, module)]
+    if is_shorthand(targets):
+        word = targets.lower()
+        return _all_linear(modules, root, config) if word == ALL_LINEAR else structure.place(word, modules)
+    if isinstance(targets, str):
+        try:
+            expression = re.compile(targets)
+        except re.error as error:
+            raise TargetError(f"target_modules={targets!r} is not a valid regular expression: {error}.") from error
+        return [path for path in modules if expression.fullmatch(path)]
+    words = [name for name in targets if is_shorthand(name)]
+    named = {path for word in words for path in _choose(word, modules, root, config)}
+    names = set(targets) - set(words)
+    return [path for path in modules if path in named or any(suffix in names for suffix in _suffixes(path))]
+
+
+def _all_linear(modules: Mapping[str, nn.Module], root: nn.Module, config: ModuleConfig) -> list[str]:
+    """All linear layers except the output head, which is either tied to the embedding or trained whole."""
+    output = getattr(root, "get_output_embeddings", lambda: None)()
+    output = frozen(output) if output is not None else None
+    heads = HEADS if output is None and config.task_type == TaskType.SEQ_CLS else ()
+    return [
+        path
+        for path, module in modules.items()
+        if structure.is_linear(module) and module is not output and path.partition(".")[0] not in heads
+    ]
+
+
+def _suffixes(path: str) -> list[str]:
+    """All that a target name may say of this path: `a.b.c`, `b.c` and `c`."""
+    parts = path.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
+
+
+def _has_suffix(path: str, name: str) -> bool:
+    return path == name or path.endswith("." + name) or is_shorthand(name)
+
+
+def _excluded(path: str, config: ModuleConfig) -> bool:
+    exclude = config.exclude_modules
+    if isinstance(exclude, str) and re.fullmatch(exclude, path):
+        return True
+    if isinstance(exclude, list) and any(_has_suffix(path, name) for name in exclude):
+        return True
+    # A module that is trained whole, and all within it, takes no adapter.
+    parts = path.split(".")
+    above = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return any(_has_suffix(parent, name) for name in config.modules_to_save or () for parent in above)
+
+
+def _in_layers(path: str, config: ModuleConfig) -> bool:
+    wanted = config.layers_to_transform
+    wanted = [wanted] if isinstance(wanted, int) else wanted or []
+    patterns = config.layers_pattern
+    patterns = [patterns] if isinstance(patterns, str) else patterns or [r"[^.]+"]
+    # The first number counts: in "layers.3.experts.0" the layer is 3.
+    found = (re.match(rf"(?:.*?\.)??(?:{pattern})\.(\d+)\.", path) for pattern in patterns)
+    index = next((m.group(1) for m in found if m), None)
+    return index is not None and int(index) in wanted
+
+
+def _names(modules: Iterable[str]) -> list[str]:
+    """Distinct last parts of the paths, numbers left out, in model order."""
+    leaves = (path.rpartition(".")[2] for path in modules)
+    return list(dict.fromkeys(leaf for leaf in leaves if not leaf.isdigit()))
+
+
+def _nothing(targets: Any, modules: Mapping[str, nn.Module], config: ModuleConfig) -> str:
+    names = [targets] if isinstance(targets, str) else targets if isinstance(targets, list) else []
+    hints = "".join(dict.fromkeys(nearest(str(name), _names(modules)) for name in names))
+    limits = {
+        "exclude_modules": config.exclude_modules,
+        "layers_to_transform": config.layers_to_transform,
+        "modules_to_save": config.modules_to_save,
+    }
+    said = ", ".join(f"{name}={value!r}" for name, value in limits.items() if value is not None)
+    shown = getattr(targets, "__name__", None) if isinstance(targets, Callable) else repr(targets)  # type: ignore[arg-type]
+    return (
+        f"target_modules={shown} matches no module{f' (with {said})' if said else ''}.{hints} "
+        f"The model has {', '.join(_names(modules)[:20])}."
+    )

@@ -1,0 +1,178 @@
+"""`TrainingArguments` of a run: what the user set, checked, over defaults that suit adapters."""
+
+import dataclasses
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
+from transformers import TrainingArguments
+
+from veneer.errors import ConfigError, nearest
+from veneer.options import OutputOptions, RunOptions, Task
+
+# Adapters start near zero and want rates some ten times those of full fine-tuning. By `peft_name`; the rates that the
+# methods' papers and `peft`'s examples use, at the upper end, since runs here are short. A classifier's new head is
+# trained at the same rate and wants the higher one; language models lose what they know sooner.
+LEARNING_RATES: dict[Task, dict[str, float]] = {
+    "classification": {"LORA": 1e-3, "BITFIT": 2e-3, "BOTTLENECK": 1e-3},
+    "causal-lm": {"LORA": 5e-4, "BITFIT": 2e-3, "BOTTLENECK": 5e-4},
+}
+OTHER_RATE: dict[Task, float] = {"classification": 1e-3, "causal-lm": 5e-4}
+
+# Fields that another section decides, with the setting that does.
+_DECIDED_ELSEWHERE = {
+    "output_dir": "output.folder",
+    "resume_from_checkpoint": "output.resume",
+    "do_train": "the command",
+    "do_eval": "the command",
+    "do_predict": "the command",
+}
+# Names that transformers gives up in version 6, with what they are called by then.
+_RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+
+
+def check(training: Mapping[str, Any], output: OutputOptions) -> dict[str, Any]:
+    """The training section with every value of its field's type.
+
+    Args:
+        training: The section as given.
+        output: The output section, which some fields must not contradict.
+
+    Raises:
+        ConfigError: A field is unknown, of the wrong type, or decided by another section.
+    """
+    fields = [entry.name for entry in dataclasses.fields(TrainingArguments) if entry.init]
+    values = {}
+    for name, value in training.items():
+        if name not in fields:
+            raise ConfigError(
+                f"training.{name}: transformers.TrainingArguments has no field {name!r}.{nearest(name, fields)}"
+            )
+        if name == "output_dir" and value in (None, output.folder):
+            continue
+        if name in _DECIDED_ELSEWHERE and value is not None:
+            raise ConfigError(
+                f"training.{name} is {value!r}, but {_DECIDED_ELSEWHERE[name]} decides that. "
+                f"Remove training.{name}."
+            )
+        new = _RENAMED.get(name, name)
+        values[new if new in fields else name] = value.value if isinstance(value, Enum) else value
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TrainingArguments)
+    # YAML reads 1e-3 as text; a number is what is meant.
+    values = {name: _number(value) for name, value in values.items()}
+    try:
+        parsed = parser.parse_object(values, defaults=False)
+    except ArgumentError as error:
+        raise ConfigError(f"training: {error}. See transformers.TrainingArguments for the types.") from error
+    return {name: parsed[name] for name in values}
+
+
+def resolve(options: RunOptions, peft_name: str, evaluates: bool) -> dict[str, Any]:
+    """The training section with the defaults filled in that Veneer sets otherwise than transformers.
+
+    Args:
+        options: The run.
+        peft_name: The method's `peft_name`, which decides the learning rate.
+        evaluates: Whether there is a held-out set.
+
+    Raises:
+        ConfigError: Settings contradict each other or the data.
+    """
+    given = check(options.training, options.output)
+    classification = options.task == "classification"
+    # Who says how often must mean that often.
+    if "save_steps" in given:
+        given.setdefault("save_strategy", "steps")
+    if "eval_steps" in given:
+        given.setdefault("eval_strategy", "steps")
+    if given.get("eval_strategy", "no") != "no" and not evaluates:
+        raise ConfigError(
+            f"training.eval_strategy is {given['eval_strategy']!r}, but nothing is held out to evaluate on. "
+            "Give data.validation, or raise data.validation_share above 0."
+        )
+    rates = LEARNING_RATES[options.task]
+    defaults: dict[str, Any] = {
+        "learning_rate": rates.get(peft_name, OTHER_RATE[options.task]),
+        "num_train_epochs": 3.0,
+        "per_device_train_batch_size": 16 if classification else 8,
+        "per_device_eval_batch_size": 32 if classification else 8,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0.1,
+        "weight_decay": 0.0,
+        "save_strategy": "epoch",
+        "save_total_limit": 2,
+        "logging_steps": 0.02,
+        "report_to": "none",
+        "train_sampling_strategy": "group_by_length",
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+        # A loss that is not a number stops the run, so there is nothing to filter from the logs.
+        "logging_nan_inf_filter": False,
+        # Counts towards early stopping go on where they were.
+        "restore_callback_states_from_checkpoint": True,
+        "seed": 42,
+    }
+    if "save_steps" not in given and given.get("save_strategy") == "steps":
+        defaults["save_steps"] = 0.1
+    if evaluates:
+        defaults |= _evaluation_defaults(given)
+    resolved = {**defaults, **given}
+    if options.output.early_stopping_patience is not None:
+        _require_early_stopping(resolved, options.output.early_stopping_patience, evaluates)
+    return resolved
+
+
+def build(resolved: Mapping[str, Any], folder: str) -> TrainingArguments:
+    """transformers' own object.
+
+    Raises:
+        ConfigError: transformers refuses a value or a combination.
+    """
+    try:
+        # The bar is drawn by `ProgressDisplay`.
+        return TrainingArguments(output_dir=folder, **{**resolved, "disable_tqdm": True})
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ConfigError(f"training: {error}") from error
+
+
+def _evaluation_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """As often as is saved, which finding the best checkpoint needs; else once an epoch."""
+    if given.get("save_strategy") != "steps":
+        return {"eval_strategy": "epoch"}
+    return {"eval_strategy": "steps", "eval_steps": given.get("save_steps", 0.1)}
+
+
+def _require_early_stopping(resolved: dict[str, Any], patience: int, evaluates: bool) -> None:
+    """Turns on what early stopping rests on, unless the user has turned it off."""
+    what = f"output.early_stopping_patience is {patience}"
+    if patience < 1:
+        raise ConfigError(f"{what}, but at least 1 is needed: the number of evaluations without improvement.")
+    if not evaluates:
+        raise ConfigError(
+            f"{what}, but nothing is held out to judge improvement by. Give data.validation, or raise "
+            "data.validation_share above 0."
+        )
+    for name in ("eval_strategy", "save_strategy", "load_best_model_at_end"):
+        if resolved.get(name) in (False, "no"):
+            raise ConfigError(
+                f"{what}, which needs evaluations, checkpoints and the best of them, but training.{name} is "
+                f"{resolved[name]!r}. Remove one of the two."
+            )
+    resolved["load_best_model_at_end"] = True
+    resolved.setdefault("metric_for_best_model", "loss")
+
+
+def _number(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value

@@ -1,0 +1,229 @@
+"""The output folder of a run: who may write into it, what is in it, and how a run is read back.
+
+`run.yaml` is written first and marks the folder as a run; `results.json` is written last and marks the run as finished.
+Between them lie the adapter's two files, the tokenizer, and `checkpoint-N` folders.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from veneer import __version__
+from veneer.config import PeftConfig, parse_method
+from veneer.errors import CheckpointError, ConfigError, VeneerWarning
+from veneer.files import sync_folder, write_text
+from veneer.options import DataOptions, ModelOptions, OutputOptions, RunOptions, RunResult
+from veneer.training import arguments, checkpoints
+
+RUN = "run.yaml"
+RESULTS = "results.json"
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def claim(options: RunOptions) -> Path:
+    """The output folder, if this run may write there. Nothing is changed yet.
+
+    Raises:
+        ConfigError: It holds something else, or another run that neither overwrite nor resume allows for.
+        CheckpointError: There is nothing to resume.
+    """
+    output = options.output
+    folder = Path(output.folder).expanduser()
+    if output.overwrite and output.resume:
+        raise ConfigError("output.overwrite and output.resume are both set: one starts anew, the other goes on. Choose.")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output.folder: {folder} is a file. Name a folder.")
+    entries = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    if output.resume:
+        if RUN not in entries:
+            raise CheckpointError(
+                f"output.resume: {folder} holds no run to go on with ({RUN} is missing). Remove resume to start one, "
+                "or name the folder of the run."
+            )
+        _compare(read_options(folder), options, folder)
+        checkpoints.clean(folder)
+        checkpoints.last_complete(folder)
+    elif RUN in entries and not output.overwrite:
+        raise ConfigError(
+            f"output.folder: {folder} already holds a run. Name another folder, set output.resume to go on with it, "
+            "or output.overwrite to replace it."
+        )
+    elif entries and RUN not in entries:
+        shown = ", ".join(entries[:5]) + (", ..." if len(entries) > 5 else "")
+        raise ConfigError(
+            f"output.folder: {folder} is not empty and holds no run of Veneer's ({shown}). Name a new or empty folder; "
+            "overwrite replaces runs only."
+        )
+    return folder
+
+
+def begin(folder: Path, options: RunOptions) -> None:
+    """Makes the folder this run's: clears away an earlier run unless it goes on, and writes the configuration."""
+    if not options.output.resume and folder.is_dir():
+        # The marks first: a folder that is killed here is an unfinished run, not one with foreign results.
+        for name in (RESULTS, *_ADAPTER):
+            (folder / name).unlink(missing_ok=True)
+        checkpoints.clean(folder)
+        for _, checkpoint in checkpoints.steps(folder):
+            checkpoints.remove(checkpoint)
+    write_text(folder / RUN, _header() + dump(options))
+
+
+def publish(folder: Path, fill: Callable[[Path], RunResult]) -> RunResult:
+    """Has `fill` write the adapter and what belongs to it aside, checks included, then puts the files in place.
+
+    Raises:
+        CheckpointError: They could not be written; what was in the folder is intact.
+    """
+    with checkpoints.aside(folder / "final") as partial:
+        result = fill(partial)
+        (partial / RESULTS).write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n", encoding="utf-8")
+        checkpoints.sync(partial)
+        # The results last: they say that all the rest is there.
+        for path in sorted(partial.iterdir(), key=lambda path: path.name == RESULTS):
+            target = folder / path.name
+            if path.is_dir() and target.is_dir():
+                shutil.rmtree(target)
+            os.replace(path, target)
+        sync_folder(folder)
+        partial.rmdir()
+    return result
+
+
+def read_options(folder: str | Path) -> RunOptions:
+    """The resolved configuration of the run in a folder.
+
+    Raises:
+        CheckpointError: There is none, or it is not a run's configuration.
+    """
+    path = Path(folder).expanduser() / RUN
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is not the output folder of a run: it has no {RUN}. Name such a folder.")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(RunOptions)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        given = parser.parse_object(values).as_dict()
+    except (yaml.YAMLError, ArgumentError, UnicodeDecodeError, TypeError) as error:
+        raise CheckpointError(f"{path} is not a run's configuration ({error}). Restore it, or train again.") from error
+    return RunOptions(
+        task=given["task"],
+        model=ModelOptions(**given["model"]),
+        data=DataOptions(**given["data"]),
+        output=OutputOptions(**given["output"]),
+        method=values.get("method", given["method"]),
+        training=dict(values.get("training") or {}),
+    )
+
+
+def read_result(folder: str | Path) -> RunResult:
+    """The results of the finished run in a folder.
+
+    Raises:
+        CheckpointError: The run is not finished, or the file is damaged.
+    """
+    path = Path(folder).expanduser() / RESULTS
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} holds a run that has not finished: it has no {RESULTS}. Go on with it (output.resume), or "
+            "name the folder of a finished run."
+        )
+    try:
+        return RunResult(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}). Restore it, or train again.") from error
+
+
+def dump(options: RunOptions) -> str:
+    """The configuration as YAML that `veneer train --config` takes."""
+    values = dataclasses.asdict(options)
+    values["output"] |= {"overwrite": False, "resume": False}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def located(options: RunOptions) -> RunOptions:
+    """The same run with local files and folders by their absolute paths, so that it can be read from anywhere."""
+    from veneer.samples import is_sample
+
+    def absolute(name: str | None) -> str | None:
+        if name is None or is_sample(name) or not Path(name).expanduser().exists():
+            return name
+        return str(Path(name).expanduser().absolute())
+
+    return dataclasses.replace(
+        options,
+        model=dataclasses.replace(options.model, name=str(absolute(options.model.name))),
+        data=dataclasses.replace(
+            options.data, train=str(absolute(options.data.train)), validation=absolute(options.data.validation)
+        ),
+        output=dataclasses.replace(options.output, folder=str(Path(options.output.folder).expanduser().absolute())),
+    )
+
+
+def method_settings(method: str | Mapping[str, Any]) -> dict[str, Any]:
+    """A method as a mapping with everything that it leaves to defaults, which another version may set otherwise."""
+    config = parse_method(method)
+    name = method.partition(":")[0] if isinstance(method, str) else method["name"]
+    bookkeeping = {entry.name for entry in dataclasses.fields(PeftConfig)}
+    settings = {
+        entry.name: value
+        for entry in dataclasses.fields(config)
+        if entry.name not in bookkeeping and "planned" not in entry.metadata
+        if (value := config.to_dict()[entry.name]) is not None
+    }
+    return {"name": name, **settings}
+
+
+def _compare(before: RunOptions, now: RunOptions, folder: Path) -> None:
+    """Refuses to go on with other data, another model or method; says so if anything else has changed.
+
+    Only what the present run sets is compared: defaults were resolved into what was written.
+    """
+    old, new = dataclasses.asdict(before), dataclasses.asdict(located(now))
+    new["training"] = arguments.check(now.training, now.output)
+    changed: dict[str, tuple[Any, Any]] = {}
+    if before.task != now.task:
+        changed["task"] = (before.task, now.task)
+    if parse_method(before.method).to_dict() != parse_method(now.method).to_dict():
+        changed["method"] = (before.method, now.method)
+    for section in ("model", "data", "training"):
+        for name, value in new[section].items():
+            if old[section].get(name) != value:
+                changed[f"{section}.{name}"] = (old[section].get(name), value)
+    essential = {
+        key: pair for key, pair in changed.items() if key in ("task", "method", "model.name") or key.startswith("data.")
+    }
+    if essential:
+        raise ConfigError(
+            f"output.resume: {folder} holds another run: {_changes(essential)}. Give the settings in its {RUN}, "
+            "or start a new run in another folder."
+        )
+    if changed:
+        warnings.warn(
+            f"{folder} was begun with other settings: {_changes(changed)}. The resumed run will not end in the same "
+            f"weights as one in one go. The settings it was begun with stand in its {RUN}.",
+            VeneerWarning,
+            stacklevel=4,
+        )
+
+
+def _changes(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    return "; ".join(f"{key} was {old!r} and is now {new!r}" for key, (old, new) in changed.items())
+
+
+def _header() -> str:
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    return (
+        f"# Written by Veneer {__version__} ({packages}, Python {platform.python_version()}).\n"
+        "# To repeat the run: veneer train --config THIS_FILE --output.folder ANOTHER_FOLDER\n"
+    )
