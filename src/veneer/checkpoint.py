@@ -192,8 +192,8 @@ def check_base(root: nn.Module, name: str, header: Mapping[str, Any], where: str
     if difference > TOLERANCE:
         raise BaseMismatchError(
             f"{where} was trained on another base model: the weights it adapts differ by {difference:.0%} "
-            f"from those of this {type(root).__name__}. Load the base that the adapter names (base_model_name_or_path), or pass "
-            "check_base=False if you mean it."
+            f"from those of this {type(root).__name__}. Load the base that the adapter names "
+            "(base_model_name_or_path), or pass check_base=False if you mean it."
         )
 
 

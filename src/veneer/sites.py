@@ -216,6 +216,8 @@ class EmbeddingSite(Site):
         if not self._runs(nn.Embedding) and not hasattr(self.module, "embed_scale"):
             return super().apply_factored(x, down, up)
         y = F.linear(F.embedding(x, down.t()), up)
+        if self.module.padding_idx is not None:  # its row is looked up but never trained
+            y = torch.where((x == self.module.padding_idx).unsqueeze(-1), y.detach(), y)
         # Some models multiply the looked-up rows (Gemma, BART): theirs is the only further step that is known.
         return y if self._runs(nn.Embedding) else y * self.module.embed_scale  # type: ignore[operator]
 

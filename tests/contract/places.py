@@ -1,0 +1,167 @@
+"""The places that every method is tried on, and the settings that it is tried with.
+
+A method that is registered without an entry in `SETTINGS` is tried with its defaults, so none can be forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from veneer.config import PeftConfig, methods, parse_method
+
+SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "lora": [
+        {"r": 3, "lora_alpha": 7},
+        {"r": 2, "lora_alpha": 5, "use_rslora": True},
+        {"r": 3, "lora_alpha": 7, "lora_bias": True},
+        {"r": 2, "lora_alpha": 3, "init_lora_weights": "gaussian"},
+    ],
+    "bottleneck": [{"reduction": 2, "scaling": 1.5}, {"bottleneck_size": 5, "non_linearity": "tanh"}],
+}
+
+
+class Model(nn.Module):
+    """A model of one layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class Matrix(nn.Module):
+    """A module that multiplies by a bare parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.table.t())
+
+
+class Experts(nn.Module):
+    """Stacked expert weights, one expert a row of the input."""
+
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        self.is_transposed = transposed
+        self.stack = nn.Parameter(torch.randn(4, 8, 6) if transposed else torch.randn(4, 6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.stack if self.is_transposed else self.stack.transpose(-1, -2)
+        return torch.einsum("bni,nio->bno", x, weight)
+
+
+class RMSNorm(nn.Module):
+    """As model families write it: a scale and no bias."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A layer and an input batch of four rows for it.
+
+    Args:
+        name: For test ids and the support table.
+        kind: Kind of its site.
+        layer: Makes the layer.
+        batch: Makes the input.
+        parameter: Name of the bare parameter that is adapted, where that is what is adapted.
+    """
+
+    name: str
+    kind: str
+    layer: Callable[[], nn.Module]
+    batch: Callable[[], Tensor]
+    parameter: str | None = None
+
+    def model(self, dtype: torch.dtype = torch.float64) -> Model:
+        model = Model(self.layer())
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.5)
+        return model.to(dtype)
+
+    def input(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        x = self.batch()
+        return x.to(dtype) if x.is_floating_point() else x
+
+
+def _image(*shape: int) -> Callable[[], Tensor]:
+    return lambda: torch.randn(4, *shape)
+
+
+SPOTS = [
+    Spot("Linear", "linear", lambda: nn.Linear(8, 6), _image(5, 8)),
+    Spot("Linear without bias", "linear", lambda: nn.Linear(8, 6, bias=False), _image(8)),
+    Spot("Conv1D (transformers)", "linear", lambda: Conv1D(6, 8), _image(5, 8)),
+    Spot("Conv1d", "conv", lambda: nn.Conv1d(6, 8, 3, stride=2, padding=1), _image(6, 9)),
+    Spot("Conv2d", "conv", lambda: nn.Conv2d(6, 8, 3, padding=2, dilation=2), _image(6, 7, 7)),
+    Spot("Conv2d with groups", "conv", lambda: nn.Conv2d(6, 8, (3, 2), stride=(1, 2), groups=2), _image(6, 7, 7)),
+    Spot("Conv2d, depthwise", "conv", lambda: nn.Conv2d(6, 6, 3, groups=6, padding="same"), _image(6, 5, 5)),
+    Spot(
+        "Conv2d, circular",
+        "conv",
+        lambda: nn.Conv2d(6, 8, 3, padding=1, padding_mode="circular", bias=False),
+        _image(6, 5, 5),
+    ),
+    Spot("Conv3d", "conv", lambda: nn.Conv3d(4, 6, 2), _image(4, 4, 4, 4)),
+    Spot(
+        "Embedding", "embedding", lambda: nn.Embedding(11, 6, padding_idx=0), lambda: torch.arange(12).view(4, 3) % 11
+    ),
+    Spot("LayerNorm", "norm", lambda: nn.LayerNorm(8), _image(5, 8)),
+    Spot("RMSNorm", "norm", lambda: RMSNorm(8), _image(5, 8)),
+    Spot("GroupNorm", "norm", lambda: nn.GroupNorm(2, 6), _image(6, 5)),
+    Spot("parameter", "parameter", Matrix, _image(5, 8), "table"),
+    Spot("experts", "parameter", lambda: Experts(False), _image(4, 8), "stack"),
+    Spot("experts, transposed", "parameter", lambda: Experts(True), _image(4, 8), "stack"),
+]
+
+
+def cases() -> list[tuple[str, dict[str, Any]]]:
+    """Name and settings of every method that attaches to one module."""
+    return [
+        (name, {**preset, **settings})
+        for name, cls, preset in methods()
+        if name == cls.__module__.rpartition(".")[2]  # other names are presets of the same class
+        for settings in SETTINGS.get(name, [{}])
+    ]
+
+
+def config(name: str, settings: dict[str, Any], spot: Spot) -> PeftConfig:
+    """The configuration that targets the spot's layer or parameter."""
+    target = {"target_parameters": [f"layer.{spot.parameter}"]} if spot.parameter else {"target_modules": ["layer"]}
+    return parse_method({"name": name, **settings, **target})
+
+
+def supported(name: str, settings: dict[str, Any], spot: Spot) -> bool:
+    """Whether the method says that it makes sense on this spot; the contract holds it to both answers."""
+    cls = parse_method({"name": name}).adapter
+    if spot.parameter:
+        return spot.kind in cls.kinds and not settings.get("lora_bias")
+    if spot.kind == "embedding" and settings.get("lora_bias"):
+        return False
+    return not cls.kinds or spot.kind in cls.kinds
+
+
+def randomise(model: nn.Module, seed: int = 0) -> None:
+    """Makes every trainable parameter random and non-zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            with torch.no_grad():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 + 0.05)
