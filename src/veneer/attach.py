@@ -58,6 +58,9 @@ def attach(
     copies = _copies(root, config, optional_copies)
     for place, adapter in [*planned, *(((path, None), copy) for path, copy in copies.items())]:
         wrapper = _wrapper_at(root, place, switch)
+        if adapter.site is not None:
+            # Adapters of one place share its view; that of a bare parameter reaches through the wrappers of others.
+            adapter.site = wrapper.site
         _fit(adapter, wrapper, autocast)
         wrapper.adapters[name] = adapter
     if getattr(config, "ensure_weight_tying", False):

@@ -81,7 +81,7 @@ class PeftModel(nn.Module):
                 parameter.requires_grad_(True)
             raise
         self.set_adapter(adapter_name)
-        if getattr(model, "is_gradient_checkpointing", False):
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             self._let_gradients_through()
 
     def __getattr__(self, name: str) -> Any:
@@ -130,10 +130,22 @@ class PeftModel(nn.Module):
         """The base model, with its wrappers."""
         return self.base_model.model
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """Turns on the base model's gradient checkpointing and lets gradients reach adapters in every layer."""
-        self.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
+        root = self.get_base_model()
+        if hasattr(root, "activation_checkpointing_enable"):
+            self.base_model.activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+        else:  # transformers before 5.23
+            self.base_model.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
         self._let_gradients_through()
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """`activation_checkpointing_enable` under its older name."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def _let_gradients_through(self) -> None:
         # A checkpointed segment is only differentiated if its input asks for it, and a frozen embedding's does not.

@@ -74,19 +74,6 @@ def shallow_copy(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     twin = copy.copy(module)
     twin.__dict__["_parameters"] = dict(module._parameters)
     twin.__dict__["_modules"] = dict(module._modules)
-    if "_hf_hook" in twin.__dict__:
-        # accelerate binds the hooked forward to the instance, so the copy would run the original. Its tensors lie on
-        # the execution device, so it needs no more of the hook than moving its input there.
-        from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-
-        device = twin.__dict__.pop("_hf_hook").execution_device
-        for bound in ("forward", "_old_forward"):
-            twin.__dict__.pop(bound, None)
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_meta and name not in tensors:
-                twin._parameters[name] = nn.Parameter(DenseStore().read(module, name), requires_grad=False)
-        if device is not None:
-            add_hook_to_module(twin, AlignDevicesHook(execution_device=device, io_same_device=True))
     below: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         child, _, rest = name.partition(".")
@@ -96,4 +83,24 @@ def shallow_copy(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
             twin._parameters[name] = nn.Parameter(tensor, requires_grad=False)
     for name, inner in below.items():
         twin._modules[name] = shallow_copy(module.get_submodule(name), inner)
+    if "_hf_hook" in twin.__dict__:
+        _settle(twin, module)
     return twin
+
+
+def _settle(twin: nn.Module, module: nn.Module) -> None:
+    """Frees the copy of a module that accelerate has hooked from the original's hook.
+
+    The hooked forward is bound to the instance, so the copy would run the original. With its tensors on the execution
+    device, all the copy needs of the hook is to have its input moved there.
+    """
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    device = twin.__dict__.pop("_hf_hook").execution_device
+    for bound in ("forward", "_old_forward"):
+        twin.__dict__.pop(bound, None)
+    for name, parameter in twin._parameters.items():
+        if parameter is not None and parameter.is_meta:
+            twin._parameters[name] = nn.Parameter(DenseStore().read(module, name), requires_grad=False)
+    if device is not None:
+        add_hook_to_module(twin, AlignDevicesHook(execution_device=device, io_same_device=True))

@@ -1,0 +1,72 @@
+"""Bottleneck adapters against values computed by hand, and where they stand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tiny import bert, llama
+from veneer import BottleneckConfig, get_peft_model, parse_method
+from veneer.adapted import adapters_of
+from veneer.errors import ConfigError
+
+
+def test_the_formula() -> None:
+    layer = nn.Linear(2, 2, bias=False).double()
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
+    config = BottleneckConfig(target_modules=["0"], bottleneck_size=1, non_linearity="relu", scaling=2.0)
+    model = get_peft_model(nn.Sequential(layer), config)
+    ((_, adapter),) = adapters_of(model, "default")
+    with torch.no_grad():
+        adapter.down.weight.copy_(torch.tensor([[1.0, 1.0]]))
+        adapter.down.bias.copy_(torch.tensor([-1.0]))
+        adapter.up.weight.copy_(torch.tensor([[10.0], [-10.0]]))
+        adapter.up.bias.copy_(torch.tensor([0.5, 0.25]))
+    # x = (3, 1): h = (3, 2); relu(3 + 2 - 1) = 4; up gives (40.5, -39.75); h + 2 of it.
+    x = torch.tensor([[3.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
+    expected = torch.tensor([[84.0, -77.5], [1.0, 0.5]], dtype=torch.float64)
+    assert torch.equal(model(x), expected)
+
+
+def test_the_parameter_count_of_the_paper() -> None:
+    # Houlsby et al., section 2.1: 2md + d + m for each of the two places of a layer.
+    model = get_peft_model(bert(), BottleneckConfig(reduction=4))
+    d, m, layers = 32, 8, 2
+    assert model.get_nb_trainable_parameters()[0] == 2 * layers * (2 * m * d + d + m)
+
+
+@pytest.mark.parametrize(
+    ("method", "places"),
+    [("houlsby", {"attention.output.dense", "output.dense"}), ("pfeiffer", {"output.dense"})],
+)
+def test_the_two_published_placements(method: str, places: set[str]) -> None:
+    model = get_peft_model(bert(), method)
+    found = {w.path.split(".", 4)[4] for w, _ in adapters_of(model, "default")}
+    assert found == places
+    assert all(w.path.startswith("bert.encoder.layer.") for w, _ in adapters_of(model, "default"))
+
+
+def test_placements_on_a_decoder() -> None:
+    model = get_peft_model(llama(), "houlsby")
+    assert [w.path for w, _ in adapters_of(model, "default")] == [
+        "model.layers.0.self_attn.o_proj",
+        "model.layers.0.mlp.down_proj",
+        "model.layers.1.self_attn.o_proj",
+        "model.layers.1.mlp.down_proj",
+    ]
+
+
+def test_the_start_is_near_zero_and_trainable() -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(bert(hidden_size=64), BottleneckConfig(reduction=1))
+    _, adapter = next(iter(adapters_of(model, "default")))
+    assert 0.018 < adapter.down.weight.std().item() < 0.022
+    assert not adapter.up.weight.any()
+
+
+@pytest.mark.parametrize("spec", ["bottleneck:reduction=0", "bottleneck:dropout=1.0", "bottleneck:non_linearity=cube"])
+def test_settings_that_are_refused(spec: str) -> None:
+    with pytest.raises(ConfigError, match=spec.partition(":")[2].partition("=")[0]):
+        parse_method(spec)
