@@ -16,9 +16,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from contract.places import SPOTS, Spot, config, randomise  # noqa: E402
-
 import veneer  # noqa: E402
+from contract.places import SPOTS, Spot, config, randomise  # noqa: E402
 from veneer.adapter import WeightAdapter  # noqa: E402
 from veneer.config import PeftConfig, methods  # noqa: E402
 from veneer.errors import VeneerError  # noqa: E402
@@ -75,7 +74,7 @@ def cell(name: str, kind: str) -> str:
     results = {spot.name: tried(name, spot) for spot in SPOTS if spot.kind == kind}
     running = {spot: can for spot, can in results.items() if can}
     if not running:
-        return "–"
+        return "no"
     words = []
     for what in ("merge", "mixed"):
         without = [spot for spot, can in running.items() if what not in can]

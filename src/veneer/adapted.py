@@ -29,12 +29,14 @@ class Switch:
         active: Names of the adapters in use, lowest first.
         enabled: False while adapters are disabled.
         rows: In a mixed batch, the adapter of each row; otherwise none.
+        copies: In a mixed batch, how many rows generation may make of each (beams, returned sequences).
         merged: Names of the adapters that are merged into the layers.
     """
 
     active: tuple[str, ...] = ()
     enabled: bool = True
     rows: tuple[str, ...] | None = None
+    copies: int = 1
     merged: tuple[str, ...] = ()
 
 
@@ -124,9 +126,10 @@ class Adapted(nn.Module):
         return y
 
     def _inputs_per_row(self, x: Tensor, rows: int) -> int:
-        """How many entries of the first axis belong to one row: more than one where (batch, time) is flattened."""
+        """How many entries of the first axis belong to one row: copies of it, or (batch, time) flattened."""
         count, remainder = divmod(x.shape[0], rows)
-        if remainder == 0 and (count == 1 or (count > 1 and x.dim() == 2 and x.is_floating_point())):
+        flattened = count > 1 and x.dim() == 2 and x.is_floating_point()
+        if remainder == 0 and (count in (1, self.switch.copies) or flattened):
             return count
         raise StateError(
             f"{self.path} got an input of shape {tuple(x.shape)} in a mixed batch of {rows} rows: adapter_names needs "

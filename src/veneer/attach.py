@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from veneer.adapter import Adapter
 from veneer.config import ModuleConfig, PeftConfig
 from veneer.errors import ConfigError, StateError, TargetError, VeneerWarning, nearest
 from veneer.sites import ParameterSite, Site, parameter_site, site_of
-from veneer.targets import frozen, match, walk
+from veneer.targets import frozen, match, resolve, walk
 from veneer.trained_copy import TrainedCopy, tied_modules, warn_if_tied
 
 Place = tuple[str, str | None]
@@ -29,7 +30,7 @@ def attach(
     start: bool = True,
     autocast: bool = True,
     optional_copies: Iterable[str] = (),
-) -> None:
+) -> PeftConfig:
     """Puts the adapters that `config` describes on `root`, under `name`.
 
     Args:
@@ -41,6 +42,9 @@ def attach(
         autocast: Keep adapters in float32 where the model is in a 16-bit type.
         optional_copies: Modules that are trained whole where the model has them.
 
+    Returns:
+        The configuration with its targets resolved, as it is saved.
+
     Raises:
         ConfigError: The name is taken or not usable.
         TargetError: A target matches nothing or cannot be adapted; the model is left as it was.
@@ -51,6 +55,7 @@ def attach(
     planned: list[tuple[Place, Adapter]] = []
     parameters = getattr(config, "target_parameters", None)
     if config.target_modules is not None or not parameters:
+        config = replace(config, target_modules=resolve(root, config))
         for path in match(root, config, strict=start):
             planned.append(((path, None), _build(root, path, None, config, start)))
     for path, parameter in _parameter_places(root, parameters or ()):
@@ -65,6 +70,7 @@ def attach(
         wrapper.adapters[name] = adapter
     if getattr(config, "ensure_weight_tying", False):
         _tie(root, list(copies.values()), list(copies))
+    return config
 
 
 def check_name(name: str, root: nn.Module) -> None:
@@ -75,7 +81,7 @@ def check_name(name: str, root: nn.Module) -> None:
     """
     if any(True for _ in adapters_of(root, name)):
         raise ConfigError(f"An adapter named {name!r} is already there. Delete it first, or choose another name.")
-    if not name or "." in name or name.startswith("_") or hasattr(nn.ModuleDict, name):
+    if not name or "." in name or name.startswith("_") or hasattr(nn.ModuleDict(), name):
         raise ConfigError(
             f"{name!r} cannot name an adapter: a name may not be empty, contain a dot, start with an underscore, or be "
             "a method of torch.nn.ModuleDict such as 'keys'."

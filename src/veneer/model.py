@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,29 +103,28 @@ class PeftModel(nn.Module):
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's `generate`; with `adapter_names`, each row of the batch has its adapter."""
+        copies = 1
         if adapter_names is not None:
-            # Beams and returned sequences become rows of their own, next to each other.
+            # Beams and returned sequences become rows of their own, next to each other; an encoder runs before that.
             config = kwargs.get("generation_config") or self.get_base_model().generation_config
-            beams = kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
-            sequences = kwargs.get("num_return_sequences") or getattr(config, "num_return_sequences", None) or 1
-            copies = max(beams, sequences)
-            adapter_names = [name for name in adapter_names for _ in range(copies)]
-        with self._rows(adapter_names):
+            for name in ("num_beams", "num_return_sequences"):
+                copies = max(copies, kwargs.get(name) or getattr(config, name, None) or 1)
+        with self._rows(adapter_names, copies):
             return self.base_model.generate(*args, **kwargs)
 
     @contextmanager
-    def _rows(self, names: Sequence[str] | None) -> Iterator[None]:
+    def _rows(self, names: Sequence[str] | None, copies: int = 1) -> Iterator[None]:
         if names is None:
             yield
             return
         if not self.switch.enabled:
             raise StateError("adapter_names was given while adapters are disabled. Leave disable_adapter() first.")
         self._known([name for name in names if name != BASE])
-        self.switch.rows = tuple(names)
+        self.switch.rows, self.switch.copies = tuple(names), copies
         try:
             yield
         finally:
-            self.switch.rows = None
+            self.switch.rows, self.switch.copies = None, 1
 
     def get_base_model(self) -> nn.Module:
         """The base model, with its wrappers."""
@@ -195,7 +195,7 @@ class PeftModel(nn.Module):
         set_trainable(self.get_base_model(), self.switch.active, trainable=any(self._trained()))
 
     def _add(self, name: str, config: PeftConfig | str | Mapping[str, Any], **how: Any) -> None:
-        config = parse_method(config)
+        config = copy.copy(parse_method(config))  # what is filled in below is not the caller's
         root = self.get_base_model()
         if name in self.peft_config:
             check_name(name, root)
@@ -207,8 +207,7 @@ class PeftModel(nn.Module):
             config.base_model_name_or_path = (
                 getattr(base_config, "name_or_path", None) or getattr(base_config, "_name_or_path", None) or None
             )
-        attach(root, name, config, self.switch, optional_copies=self.heads, **how)
-        self.peft_config[name] = config
+        self.peft_config[name] = attach(root, name, config, self.switch, optional_copies=self.heads, **how)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes the named adapter active and trainable, or several, lowest first; all others rest, frozen.
@@ -429,7 +428,7 @@ class PeftModel(nn.Module):
         except Exception:
             result.unload()
             raise
-        return result.eval()
+        return result if is_trainable else result.eval()
 
     def load_adapter(
         self,

@@ -57,7 +57,7 @@ def match(root: nn.Module, config: ModuleConfig, *, strict: bool = True) -> list
         TargetError: Nothing matches.
     """
     modules = dict(walk(root))
-    targets = config.target_modules if config.target_modules is not None else default_targets(config, root, modules)
+    targets = resolve(root, config)
     chosen = [path for path in _choose(targets, modules, root, config) if not _excluded(path, config)]
     if config.layers_to_transform is not None:
         chosen = [path for path in chosen if _in_layers(path, config)]
@@ -73,6 +73,21 @@ def match(root: nn.Module, config: ModuleConfig, *, strict: bool = True) -> list
                 stacklevel=3,
             )
     return chosen
+
+
+def resolve(root: nn.Module, config: ModuleConfig) -> Any:
+    """The targets in a form that a file can hold and `peft` can read: a list of names, an expression or `all-linear`.
+
+    Raises:
+        TargetError: The method has no default on this model, or a place is not found.
+    """
+    targets, modules = config.target_modules, dict(walk(root))
+    if targets is None:
+        targets = default_targets(config, root, modules)
+    words = targets if isinstance(targets, list) else [targets]
+    if callable(targets) or any(is_shorthand(word) and word != ALL_LINEAR for word in words):
+        return list(_choose(targets, modules, root, config))
+    return targets
 
 
 def default_targets(config: ModuleConfig, root: nn.Module, modules: Mapping[str, nn.Module]) -> Any:
