@@ -1,9 +1,9 @@
 """Conversations: one shape for all of them, the model's chat template, and where the answers stand in its text.
 
 Masking a wrong stretch trains the wrong thing without a sign of it. So an answer is taken to begin where the
-template, given the turns before it, asks for one, and to end where the template, given the answer too, ends; both
-must be beginnings of the whole text. A template that marks answers itself (`{% generation %}`) is taken at its
-word. Anything else is an error.
+template, given the turns before it, asks for one; there it must stand, and end with a special token, or where the
+template, given the answer too, ends. What the template writes so far must be the beginning of the whole text. A
+template that marks answers itself (`{% generation %}`) is taken at its word. Anything else is an error.
 """
 
 from __future__ import annotations
@@ -87,25 +87,65 @@ def render(messages: list[Message], tokenizer: PreTrainedTokenizerBase, ask: boo
         raise ValueError(f"the chat template refuses the conversation ({type(error).__name__}: {error})") from error
 
 
-def chat_draft(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> Draft:
+def chat_draft(
+    messages: list[Message], tokenizer: PreTrainedTokenizerBase, everything: bool = False, length: int | None = None
+) -> Draft:
     """A conversation as text, with each of the assistant's turns as a trained stretch.
 
+    Args:
+        messages: The conversation.
+        tokenizer: With a chat template.
+        everything: All tokens will be trained on, so turns that cannot be told from the rest are left out.
+        length: The text will be cut to so many tokens, so turns behind them need not be found.
+
     Raises:
-        ValueError: If the template's text does not show exactly where the turns begin and end.
+        ValueError: If the template refuses the conversation, or its text does not show where the turns begin and end.
     """
     stops = stop_strings(tokenizer)
-    template = tokenizer.get_chat_template()
-    if _GENERATION.search(template):
-        text, spans = _marked(messages, template, tokenizer)
-        spans = [(start, _with_stop(text, end, stops, tokenizer)) for start, end in spans if end > start]
-    else:
-        text = render(messages, tokenizer)
-        turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-        spans = [_turn(messages, number, text, stops, tokenizer) for number in turns]
-    spans = [(start, _without_space(text, start, end, stops)) for start, end in spans]
+    text = render(messages, tokenizer)
+    try:
+        spans, partial = _answers(messages, text, stops, tokenizer, length)
+    except ValueError:
+        if not everything:
+            raise
+        spans, partial = [], True
     # A template that ends in plain text never says stop, so the end of text is added and learnt.
     unfinished = messages[-1]["role"] == "assistant" and not text.rstrip().endswith(stops)
-    return Draft(text, spans, stop=unfinished)
+    return Draft(text, spans, stop=unfinished, partial=partial)
+
+
+def _answers(
+    messages: list[Message], text: str, stops: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, length: int | None
+) -> tuple[list[Span], bool]:
+    """Where the assistant's turns stand, each with the token that ends it; and whether some were not looked for."""
+    template = tokenizer.get_chat_template()
+    partial = False
+    if _GENERATION.search(template):
+        marked = _marked(messages, template, tokenizer)
+        spans = [(start, _with_stop(text, end, stops, tokenizer)) for start, end in marked if end > start]
+    else:
+        spans = []
+        turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        # Each turn costs a rendering of all before it, which for long conversations is most of the work.
+        until = _cut(text, tokenizer, length) if length is not None and len(turns) > 2 else len(text)
+        for number in turns:
+            span = _turn(messages, number, text, stops, tokenizer)
+            partial = span[0] >= until
+            if partial:
+                break
+            spans.append(span)
+    return [(start, _without_space(text, start, end, stops)) for start, end in spans], partial
+
+
+def _cut(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> int:
+    """Where the first `length` tokens of a text end, or somewhat behind."""
+    # Tokens of more than eight characters on average are rare, so this much of the text is nearly always enough.
+    head = text[: 8 * length]
+    if len(text) <= length:
+        return len(text)
+    tokens = tokenizer(head, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets = tokens["offset_mapping"]
+    return len(text) if len(offsets) <= length else int(offsets[length][1])
 
 
 def stop_strings(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
@@ -125,35 +165,48 @@ def _turn(
         # Some templates ask for an answer with more than they write before one (an opened thought, say).
         raise ValueError(_BREAKS_PREFIX.format(number=number + 1))
     start = len(before)
+    # The usual case, without another rendering: the answer stands there word for word, and a special token closes it.
+    # It is the only way for templates of reasoning models, which write the last answer otherwise than earlier ones.
+    message = messages[number]
+    if set(message) == {"role", "content"}:
+        end = _closed(text, start, message["content"].strip(), stops)
+        if end is not None:
+            return start, end
     through = text if number == len(messages) - 1 else render(messages[: number + 1], tokenizer)
-    if text.startswith(through) and len(through) > start:
-        return start, len(through)
-    # Templates of reasoning models write the last answer with an (empty) thought and earlier ones without. Where the
-    # answer stands there word for word and a special token closes it, there is no doubt either.
-    content = re.escape(messages[number].get("content", "").strip())
-    closing = "|".join(map(re.escape, stops))
-    match = re.compile(rf"\s*{content}\s*(?:{closing})").match(text, start) if content and stops else None
-    if match is None:
+    if not text.startswith(through) or len(through) <= start:
         raise ValueError(_BREAKS_PREFIX.format(number=number + 1))
-    return start, match.end()
+    return start, len(through)
 
 
-def _marked(messages: list[Message], template: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Span]]:
-    """The text and the stretches that the template marks with `{% generation %}`."""
+def _closed(text: str, start: int, content: str, stops: tuple[str, ...]) -> int | None:
+    """The end of the special token behind `content`, if these two and perhaps white space are what stands there."""
+    place = _after_space(text, start)
+    if not text.startswith(content, place):
+        return None
+    place = _after_space(text, place + len(content))
+    return next((place + len(stop) for stop in stops if text.startswith(stop, place)), None)
+
+
+def _after_space(text: str, start: int) -> int:
+    while start < len(text) and text[start].isspace():
+        start += 1
+    return start
+
+
+def _marked(messages: list[Message], template: str, tokenizer: PreTrainedTokenizerBase) -> list[Span]:
+    """The stretches that the template marks with `{% generation %}`."""
     # Not apply_chat_template's own token mask: where the tokenizer drops the last character of an answer (a line
     # break, say) it marks everything up to the end.
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    try:
-        texts, spans = render_jinja_template(
-            conversations=[messages],
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **tokenizer.special_tokens_map,
-        )
-    except Exception as error:  # as in `render`
-        raise ValueError(f"the chat template refuses the conversation ({type(error).__name__}: {error})") from error
-    return texts[0], [(int(start), int(end)) for start, end in spans[0]]
+    function: Any = render_jinja_template  # its annotations are not those of what it takes and returns
+    _, spans = function(
+        conversations=[messages],
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    return [(int(start), int(end)) for start, end in spans[0]]
 
 
 def _with_stop(text: str, end: int, stops: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> int:

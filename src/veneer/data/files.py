@@ -1,8 +1,8 @@
-"""From what the user named to a table: a file, a folder, a sample data set, or a hub id.
+"""From what the user named to a table: a sample data set, a file, a folder, or a hub id.
 
-A source is looked for in that order. `source:split` names one split of a folder or hub data set. Local files
-are parsed by `readers`, not by `datasets.load_dataset`: its cache may answer with an older state of the file,
-and its errors do not name lines.
+A source is looked for in that order; a local file with a sample's name is written `./name`. `source:split` names
+one split of a folder or hub data set. Local files are parsed by `readers`, not by `datasets.load_dataset`: its
+cache may answer with an older state of the file, and its errors do not name lines.
 """
 
 from __future__ import annotations
@@ -57,50 +57,44 @@ def read_table(source: str | Path, split: str | None = None, prefer: Sequence[st
         split: As there.
         prefer: Splits to take, the first that exists, when neither `split` nor the source names one.
     """
-    path, split = _split_name(source, split)
-    path = path.expanduser()
+    from veneer import samples
+
+    name, split = _split_name(str(source), split)
+    path = Path(samples.resolve_data(name)).expanduser()
     if not path.exists():
-        sample = _sample(str(path))
-        if sample is None:
-            return _read_hub(source, str(path), split, prefer)
-        path = sample
+        return _read_hub(name, split, prefer)
     if path.is_dir():
         return _read_folder(path, split, prefer)
     if split is not None:
-        raise DataError(f"{path} is one file, so it has no split {split!r}. Leave data.split out or name a folder.")
+        raise DataError(f"{name} is one file, so it has no split {split!r}. Leave data.split out or name a folder.")
     table, part = _reader(path)(path)
-    return _table(str(path), [table], [part])
+    return _table(name, [table], [part])
 
 
-def _split_name(source: str | Path, split: str | None) -> tuple[Path, str | None]:
+def _split_name(source: str, split: str | None) -> tuple[str, str | None]:
     """Takes `source:split` apart, unless a file of that very name exists or the colon belongs to a path."""
-    match = re.fullmatch(r"([^:]+):([^:/\\][^/\\]*)", str(source))
+    match = re.fullmatch(r"([^:]+):([^:/\\][^/\\]*)", source)
     if match is None or Path(source).exists():
-        return Path(source), split
+        return source, split
     if split is not None and split != match[2]:
-        raise DataError(f"The source {source!s} names the split {match[2]!r}, data.split names {split!r}. Keep one.")
-    return Path(match[1]), match[2]
+        raise DataError(f"The source {source} names the split {match[2]!r}, data.split names {split!r}. Keep one.")
+    return match[1], match[2]
 
 
-def _sample(name: str) -> Path | None:
-    """The file of a sample data set; none if there is no such sample."""
-    from veneer import samples
+def _read_hub(name: str, split: str | None, prefer: Sequence[str]) -> Table:
+    from veneer.sample_packages import SAMPLES
 
-    found = samples.resolve_data(name)
-    return None if found is None else Path(found)
-
-
-def _read_hub(source: str | Path, name: str, split: str | None, prefer: Sequence[str]) -> Table:
     path = Path(name)
     # A hub id is `name`, `owner/name` or `owner/name/configuration` and has no file's ending.
     if path.suffix.lower() in READERS or not re.fullmatch(r"[\w.-]+(/[\w.-]+){0,2}", name) or name.startswith("."):
         folder = path.parent
         names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
         raise DataError(f"There is no file or folder {name}.{nearest(path.name, names)}")
-    dataset, label = load_hub(name, split, prefer)
+    local = [entry.name for entry in Path().iterdir()]
+    dataset, label = load_hub(name, split, prefer, nearest(name, [*SAMPLES, *local]))
     if len(dataset) == 0:
         raise DataError(f"{label} has no rows.")
-    return Table(str(source), dataset, (Part(label, len(dataset)),))
+    return Table(name, dataset, (Part(label, len(dataset)),))
 
 
 def _reader(path: Path) -> Callable[[Path], tuple[pa.Table, Part]]:

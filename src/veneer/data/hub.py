@@ -11,13 +11,14 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def load_hub(name: str, split: str | None, prefer: Sequence[str]) -> tuple[Dataset, str]:
+def load_hub(name: str, split: str | None, prefer: Sequence[str], near: str = "") -> tuple[Dataset, str]:
     """One split of a hub data set, and how to call it in messages.
 
     Args:
         name: `owner/name`, or `owner/name/configuration` where the data set has several.
         split: As in `datasets.load_dataset`, slices such as `train[:10%]` included.
         prefer: Splits to take, the first that exists, when `split` is none.
+        near: Ends the message about a failure, with local names that may have been meant.
 
     Raises:
         DataError: If it cannot be loaded, or none of the preferred splits exists.
@@ -34,8 +35,8 @@ def load_hub(name: str, split: str | None, prefer: Sequence[str]) -> tuple[Datas
         lines = str(error).strip().splitlines()
         raise DataError(
             f"{name!r} is no file, folder or sample here, and loading it from the hub failed with "
-            f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}\nCheck the spelling and the network, "
-            "name a local file or folder, or add what is missing: `owner/name/configuration`, data.split."
+            f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}{near}\nCheck the spelling and "
+            "the network, name a local file or folder, or add what is missing: `owner/name/configuration`, data.split."
         ) from error
     if split is not None:
         return loaded, f"{name} ({split})"

@@ -155,9 +155,9 @@ class Encoder:
 
     def _draft(self, example: Example) -> Draft:
         if example.messages is not None:
-            return chat_draft(example.messages, self.tokenizer)
+            return chat_draft(example.messages, self.tokenizer, self.everything, self.length)
         if self.layout.format == "prompt-completion" and self.tokenizer.chat_template:
-            return chat_draft(_as_messages(example), self.tokenizer)
+            return chat_draft(_as_messages(example), self.tokenizer, self.everything, self.length)
         prompt = example.prompt + self.layout.separator if example.prompt else ""
         text = prompt + example.completion
         return Draft(text, [(len(prompt), len(text))], specials=True, stop=True)
@@ -188,7 +188,7 @@ class Encoder:
         found = [row for row, text in zip(rows, texts, strict=True) if any(token in text for token in specials)]
         if found:
             warnings.warn(
-                f"{part}: {len(found):,} examples hold special tokens of the model ({', '.join(specials[:4])}) as text: "
+                f"{part}: {len(found):,} examples hold special tokens of the model ({', '.join(specials[:4])}): "
                 f"{table.places(found)}. They are read as the tokens themselves; remove them if they are not meant so.",
                 VeneerWarning,
                 stacklevel=4,
@@ -200,12 +200,12 @@ class Encoder:
             if self.layout.format == "text":
                 size = max(1, min(TEXT_PROMPT, len(row.input_ids) // 2))
                 head, tail = (
-                    self.tokenizer.decode(ids, skip_special_tokens=True)
+                    str(self.tokenizer.decode(ids, skip_special_tokens=True))
                     for ids in (row.input_ids[:size], row.input_ids[size:])
                 )
                 prompts.append(Prompt(head, tail, row.input_ids[:size]))
                 continue
-            if not 0 < row.answer < len(row.input_ids):
+            if not 0 < row.answer < min(self.length, len(row.input_ids)):
                 continue  # the answer was cut off, or has nothing before it
             messages = example.messages
             if messages is None and self.tokenizer.chat_template:

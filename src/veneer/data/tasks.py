@@ -66,7 +66,7 @@ def _check(options: DataOptions, task: Task) -> None:
         raise ConfigError(f"data.format is {options.format!r}, which is for causal-lm. Leave it out.")
     if not 0 <= options.validation_share < 1:
         raise ConfigError(
-            f"data.validation_share is {options.validation_share}. Expected a share from 0 (hold out nothing) to below 1."
+            f"data.validation_share is {options.validation_share}. Expected 0 (hold out nothing) to below 1."
         )
     for name, value in (("limit", options.limit), ("validation_limit", options.validation_limit)):
         if value is not None and value < 1:
