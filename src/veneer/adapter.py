@@ -136,9 +136,12 @@ class Adapter(nn.Module):
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Fills one parameter, replacing it where it was created without memory."""
-        old = self.get_parameter(name)
+        owner, _, leaf = name.rpartition(".")
+        old = self.get_submodule(owner)._parameters[leaf]
+        assert old is not None
         if old.is_meta:
-            owner, _, leaf = name.rpartition(".")
+            device = tensor.device if self.site is None else self.site.device
+            tensor = tensor.to(device, old.dtype, copy=True)  # not the caller's memory, which may be another adapter's
             parameter = nn.Parameter(tensor, requires_grad=old.requires_grad)
             self.get_submodule(owner)._parameters[leaf] = parameter
         else:

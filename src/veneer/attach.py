@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -14,7 +14,7 @@ from veneer.adapter import Adapter
 from veneer.config import ModuleConfig, PeftConfig
 from veneer.errors import ConfigError, StateError, TargetError, VeneerWarning, nearest
 from veneer.sites import ParameterSite, Site, parameter_site, site_of
-from veneer.targets import frozen, match, resolve, walk
+from veneer.targets import match, resolve, walk
 from veneer.trained_copy import TrainedCopy, tied_modules, warn_if_tied
 
 Place = tuple[str, str | None]
@@ -52,24 +52,28 @@ def attach(
     check_name(name, root)
     if not isinstance(config, ModuleConfig) or config.adapter is None:
         raise ConfigError(f"{type(config).__name__} describes no method that attaches to modules.")
-    planned: list[tuple[Place, Adapter]] = []
+    modules = {"": root, **dict(walk(root))}
+    places: list[Place] = []
     parameters = getattr(config, "target_parameters", None)
-    if config.target_modules is not None or not parameters:
-        config = replace(config, target_modules=resolve(root, config))
-        for path in match(root, config, strict=start):
-            planned.append(((path, None), _build(root, path, None, config, start)))
-    for path, parameter in _parameter_places(root, parameters or ()):
-        planned.append(((path, parameter), _build(root, path, parameter, config, start)))
-    copies = _copies(root, config, optional_copies)
+    if config.target_modules or not parameters:
+        config = replace(config, target_modules=resolve(root, config, modules))
+        places += [(path, None) for path in match(root, config, strict=start, modules=modules)]
+    places += _parameter_places(modules, parameters or ())
+    with torch.device("cpu" if start else "meta"):
+        planned: list[tuple[Place, Adapter]] = [(place, _build(modules, place, config)) for place in places]
+    if start:
+        for _, adapter in planned:
+            adapter.reset()
+    copies = _copies(modules, config, optional_copies)
     for place, adapter in [*planned, *(((path, None), copy) for path, copy in copies.items())]:
-        wrapper = _wrapper_at(root, place, switch)
+        wrapper = _wrapper_at(modules, place, switch, adapter.site)
         if adapter.site is not None:
             # Adapters of one place share its view; that of a bare parameter reaches through the wrappers of others.
             adapter.site = wrapper.site
         _fit(adapter, wrapper, autocast)
         wrapper.adapters[name] = adapter
     if getattr(config, "ensure_weight_tying", False):
-        _tie(root, list(copies.values()), list(copies))
+        _tie(modules, copies)
     return config
 
 
@@ -112,9 +116,14 @@ def switch_of(root: nn.Module) -> Switch | None:
     return next((wrapper.switch for wrapper in wrappers(root)), None)
 
 
-def _build(root: nn.Module, path: str, parameter: str | None, config: ModuleConfig, start: bool) -> Adapter:
-    parent, leaf = _resolve(root, path)
-    module = frozen(parent._modules[leaf])  # type: ignore[arg-type]
+def _build(modules: Mapping[str, nn.Module], place: Place, config: ModuleConfig) -> Adapter:
+    """The adapter for a place, not yet on the model.
+
+    Raises:
+        TargetError: The method cannot adapt what is there.
+    """
+    path, parameter = place
+    module, parent = modules[path], modules[path.rpartition(".")[0]]
     site: Site | None = site_of(module) if parameter is None else parameter_site(module, parameter)
     cls: type[Adapter] = config.adapter
     if cls.kinds and (site is None or site.kind not in cls.kinds):
@@ -125,17 +134,13 @@ def _build(root: nn.Module, path: str, parameter: str | None, config: ModuleConf
         )
     if isinstance(parent, nn.MultiheadAttention) and parameter is None:
         raise TargetError(
-            f"{path}: torch.nn.MultiheadAttention reads the weight of {leaf} without calling it, so an adapter there "
-            f"would have no effect. Target the tensor itself: target_parameters=['{path}.weight']."
+            f"{path}: torch.nn.MultiheadAttention reads the weight of this layer without calling it, so an adapter "
+            f"there would have no effect. Target the tensor itself: target_parameters=['{path}.weight']."
         )
     if isinstance(parent, nn.TransformerEncoderLayer):
         # Its fused inference kernel reads the weights of its layers without calling them.
         torch.backends.mha.set_fastpath_enabled(False)
-    with torch.device("cpu" if start else "meta"):
-        adapter = cls(site, config.at(path))
-    if start:
-        adapter.reset()
-    return adapter
+    return cls(site, config.at(path if parameter is None else f"{path}.{parameter}"))
 
 
 def _fit(adapter: Adapter, wrapper: Adapted, autocast: bool) -> None:
@@ -145,56 +150,44 @@ def _fit(adapter: Adapter, wrapper: Adapted, autocast: bool) -> None:
     dtype = site.dtype if site is not None else like.dtype if like is not None else torch.get_default_dtype()
     if (autocast and dtype in (torch.float16, torch.bfloat16)) or not dtype.is_floating_point:
         dtype = torch.float32
-    adapter.to(dtype=dtype)
     device = site.device if site is not None else like.device if like is not None else None
-    if device is not None and device.type != "meta" and not any(p.is_meta for p in adapter.parameters()):
-        adapter.to(device)
+    parameters = list(adapter.parameters())
+    if device is None or device.type == "meta" or any(p.is_meta for p in parameters):
+        device = None  # filled later, where the layer is
+    if any(p.dtype != dtype or (device is not None and p.device != device) for p in parameters):
+        adapter.to(device=device, dtype=dtype)
 
 
-def _resolve(root: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The module that holds `path`, and its last name; wrappers on the way are passed through."""
-    parent = root
-    *above, leaf = path.split(".")
-    for name in above:
-        parent = frozen(parent._modules[name])  # type: ignore[arg-type]
-    return parent, leaf
-
-
-def _wrapper_at(root: nn.Module, place: Place, switch: Switch) -> Adapted:
+def _wrapper_at(modules: Mapping[str, nn.Module], place: Place, switch: Switch, site: Site | None) -> Adapted:
     """The wrapper for a place, put there if it is not yet."""
     path, parameter = place
-    parent, leaf = _resolve(root, path)
+    above, _, leaf = path.rpartition(".")
+    parent = modules[above]
     child = parent._modules[leaf]
     assert child is not None
-    outer = child
+    outer, depth = child, 0
     while isinstance(child, Adapted):
-        held = child.site.name.rpartition(".")[2] if isinstance(child.site, ParameterSite) else None
+        held = child.site.leaf if isinstance(child.site, ParameterSite) else None
         if held == parameter:
             return child
-        child = child.base_layer
-    site = None
+        child, depth = child.base_layer, depth + 1
     if parameter is not None:
-        depth = 0
-        inner = outer
-        while isinstance(inner, Adapted):
-            depth, inner = depth + 1, inner.base_layer
         site = parameter_site(outer, "base_layer." * depth + parameter)
     wrapper = Adapted(outer, switch, path, site)
     parent._modules[leaf] = wrapper
     return wrapper
 
 
-def _parameter_places(root: nn.Module, names: Iterable[str]) -> list[tuple[str, str]]:
-    """Module path and parameter name for every entry of `target_parameters`, sorted as the names are.
+def _parameter_places(modules: Mapping[str, nn.Module], names: Iterable[str]) -> list[Place]:
+    """Module path and parameter name of all that `target_parameters` matches, each once.
 
     Raises:
         TargetError: An entry matches nothing.
     """
-    modules = dict(walk(root))
-    places: list[tuple[str, str]] = []
+    places: list[Place] = []
     for name in names:
         owner, _, leaf = name.rpartition(".")
-        found = [
+        found: list[Place] = [
             (path, leaf)
             for path, module in modules.items()
             if leaf in module._parameters and (path == owner or path.endswith("." + owner) or not owner)
@@ -203,16 +196,15 @@ def _parameter_places(root: nn.Module, names: Iterable[str]) -> list[tuple[str, 
             known = {f"{p.rpartition('.')[2]}.{q}" for p, module in modules.items() for q in module._parameters}
             raise TargetError(f"target_parameters: {name!r} matches no parameter.{nearest(name, known)}")
         places += found
-    return places
+    return list(dict.fromkeys(places))
 
 
-def _copies(root: nn.Module, config: ModuleConfig, optional: Iterable[str]) -> dict[str, TrainedCopy]:
+def _copies(modules: Mapping[str, nn.Module], config: ModuleConfig, optional: Iterable[str]) -> dict[str, TrainedCopy]:
     """A trained copy for every module that `modules_to_save` names.
 
     Raises:
         TargetError: A name matches nothing, or one match lies within another.
     """
-    modules = dict(walk(root))
     names = list(config.modules_to_save or [])
     chosen: dict[str, None] = {}
     for name in names:
@@ -233,11 +225,10 @@ def _copies(root: nn.Module, config: ModuleConfig, optional: Iterable[str]) -> d
     return {path: TrainedCopy(modules[path], config) for path in chosen}
 
 
-def _tie(root: nn.Module, copies: list[TrainedCopy], paths: list[str]) -> None:
+def _tie(modules: Mapping[str, nn.Module], copies: Mapping[str, TrainedCopy]) -> None:
     """Makes copies of modules that share a parameter share its copy."""
-    modules = dict(walk(root))
     first: dict[int, nn.Parameter] = {}
-    for path, trained in zip(paths, copies, strict=True):
+    for path, trained in copies.items():
         for name, parameter in modules[path]._parameters.items():
             if parameter is not None:
                 own = trained.module._parameters[name]

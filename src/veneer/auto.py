@@ -45,13 +45,18 @@ class AutoPeftModel:
             base: Passed on to the `from_pretrained` of the base model, for example `dtype` or `num_labels`.
 
         Raises:
-            ConfigError: The adapter does not say what its base model or task is.
+            ConfigError: The adapter does not say what its base model or task is, or is for another task.
             CheckpointError: As in `PeftModel.from_pretrained`.
         """
         import transformers
 
         hub: dict[str, Any] = {} if revision is None else {"revision": revision}
         config = config or PeftConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+        if cls.task is not None and config.task_type not in (None, cls.task):
+            raise ConfigError(
+                f"The adapter {pretrained_model_name_or_path} is for task_type={str(config.task_type)!r}; "
+                f"{cls.__name__} loads {str(cls.task)!r}. Use AutoPeftModel, which reads the task from the adapter."
+            )
         task = cls.task or config.task_type
         if config.base_model_name_or_path is None or task is None:
             missing = "task_type" if task is None else "base_model_name_or_path"

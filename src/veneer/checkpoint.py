@@ -7,22 +7,25 @@ header of the safetensors file (which other readers pass over), and are read who
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import pickle
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from veneer import files
 from veneer.adapted import Adapted, adapters_of
 from veneer.adapter import Adapter
-from veneer.config import PeftConfig
+from veneer.config import CONFIG_NAME, PeftConfig
 from veneer.errors import BaseMismatchError, CheckpointError, VeneerWarning, nearest
 from veneer.sites import ParameterSite
 from veneer.targets import frozen, walk
@@ -50,12 +53,8 @@ def fill(
     Raises:
         CheckpointError: Tensors are missing, unexpected or of another shape; lists all of them, and changes nothing.
     """
-    adapters = dict(_keyed(root, name))
-    expected = {
-        f"{key}.{tensor_name}": tensor.shape
-        for key, adapter in adapters.items()
-        for tensor_name, tensor in adapter.to_file().items()
-    }
+    adapters = [(key, adapter, list(adapter.to_file().items())) for key, adapter in _keyed(root, name)]
+    expected = {f"{key}.{own}": tensor.shape for key, _, tensors in adapters for own, tensor in tensors}
     given = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
     extra = set(given) - set(expected)
     base = _base_tensors(root, {key: given[key] for key in extra})
@@ -74,9 +73,8 @@ def fill(
             f"{where} does not fit adapter {name!r} on this {type(root).__name__}:\n  {shown}\n"
             "Load it onto the base model and with the configuration that it was trained with."
         )
-    for key, adapter in adapters.items():
-        own = {n: given[f"{key}.{n}"] for n in adapter.to_file()}
-        adapter.from_file(own)
+    for key, adapter, own in adapters:
+        adapter.from_file({tensor_name: given[f"{key}.{tensor_name}"] for tensor_name, _ in own})
     for key, parameter in base.items():
         if not torch.equal(parameter, given[key].to(parameter)):
             warnings.warn(
@@ -93,25 +91,27 @@ def save(root: nn.Module, name: str, config: PeftConfig, folder: Path, prefix: s
 
     Raises:
         CheckpointError: It could not be written; what the folder held before is unchanged.
+        ConfigError: The configuration has no form in JSON; as above.
     """
+    text = config.to_text()
     tensors = {key: tensor.contiguous().cpu() for key, tensor in adapter_tensors(root, name, prefix).items()}
     seen: set[int] = set()
     for key, tensor in tensors.items():  # tied copies share memory, which the format does not allow
         if tensor.data_ptr() in seen:
             tensors[key] = tensor.clone()
         seen.add(tensor.data_ptr())
-    header = {"format": "pt", HEADER: json.dumps({"sha256": checksum(tensors), "base": fingerprint(root, name)})}
+    base = fingerprint(root, name)
+    header = {"format": "pt", HEADER: json.dumps({"sha256": checksum(tensors, base), "base": base})}
 
     def write(path: Path) -> None:
         try:
             save_file(tensors, path, metadata=header)
         except SafetensorError as error:
-            full = "No space left" in str(error) or "StorageFull" in str(error)
-            raise OSError(28 if full else 5, str(error)) from error
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
 
     # The configuration comes last: a folder with one is a folder with an adapter.
-    files.write(folder / WEIGHTS_NAME, write)
-    config.save_pretrained(folder)
+    files.write_together({folder / WEIGHTS_NAME: write, folder / CONFIG_NAME: lambda path: files.fill_text(path, text)})
 
 
 def read(source: str | Path, *, allow_pickle: bool = False, **hub: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -127,32 +127,63 @@ def read(source: str | Path, *, allow_pickle: bool = False, **hub: Any) -> tuple
     """
     path = files.find(source, WEIGHTS_NAME, required=False, **hub)
     if not path.is_file():
-        pickle = files.find(source, PICKLE_NAME, required=False, **hub)
-        if not pickle.is_file():
+        older = files.find(source, PICKLE_NAME, required=False, **hub)
+        if not older.is_file():
             raise CheckpointError(f"{path.parent} has no {WEIGHTS_NAME}. Name the folder that an adapter was saved to.")
         if not allow_pickle:
             raise CheckpointError(
-                f"{pickle} is a pickle, and loading one can run code. If you trust where it comes from, pass "
+                f"{older} is a pickle, and loading one can run code. If you trust where it comes from, pass "
                 "allow_pickle=True, and save the adapter again to get a safetensors file."
             )
-        return torch.load(pickle, map_location="cpu", weights_only=True), {}
+        return _read_pickle(older), {}
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dictionary
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        # At once: with hundreds of small tensors, asking the file for each takes longer than all the rest.
+        data = path.read_bytes()
+        tensors = load(data)
+        own = _metadata(data).get(HEADER)
+    except (SafetensorError, OSError) as error:
         size = path.stat().st_size
         raise CheckpointError(
             f"{path} ({size} bytes) is truncated or no safetensors file ({error}). Copy or save the adapter again."
         ) from error
-    if "sha256" in header and checksum(tensors) != header["sha256"]:
-        raise CheckpointError(f"{path} is corrupted: its tensors do not have the checksum that was saved with them.")
+    if own is None:  # not written by Veneer
+        return tensors, {}
+    try:
+        header: dict[str, Any] = json.loads(own)
+        intact = header["sha256"] == checksum(tensors, header["base"])
+    except (ValueError, KeyError, TypeError):
+        intact = False
+    if not intact:
+        raise CheckpointError(
+            f"{path} is corrupted: its contents do not have the checksum that was saved with them. Copy or save the "
+            "adapter again."
+        )
     return tensors, header
 
 
-def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes, types and bytes."""
-    digest = hashlib.sha256()
+def _metadata(data: bytes) -> dict[str, str]:
+    """The free-text part of a safetensors file's header: eight bytes of length, then JSON."""
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size} bytes) is truncated, or holds more than tensors ({first}). "
+            "Copy or save the adapter again."
+        ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise CheckpointError(f"{path} holds no dictionary of tensors. Save the adapter again.")
+    return tensors
+
+
+def checksum(tensors: Mapping[str, Tensor], base: Mapping[str, Any]) -> str:
+    """SHA-256 over the fingerprint of the base model and over names, shapes, types and bytes of the tensors."""
+    digest = hashlib.sha256(json.dumps(base, sort_keys=True).encode())
     for key in sorted(tensors):
         tensor = tensors[key].contiguous()
         digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
@@ -170,7 +201,7 @@ TOLERANCE = 0.02
 def fingerprint(root: nn.Module, name: str) -> dict[str, list[float]]:
     """Some numbers of each adapted weight of the base model, by path."""
     return {
-        key: [round(float(value), 6) for value in _sample(wrapper)]
+        key: [float(f"{value:.6g}") for value in _sample(wrapper).tolist()]
         for key, wrapper, _ in _keyed_wrappers(root, name)
         if wrapper.site is not None and wrapper.adapters[name].site is not None
     }
@@ -186,8 +217,9 @@ def check_base(root: nn.Module, name: str, header: Mapping[str, Any], where: str
     own = [(key, wrapper) for key, wrapper, _ in _keyed_wrappers(root, name) if key in saved]
     if not own:
         return
-    now = torch.cat([_sample(wrapper) for _, wrapper in own])
-    then = torch.tensor([value for key, _ in own for value in saved[key]])
+    # Where a number is not finite, nothing can be compared but that it is so on both sides.
+    now = torch.cat([_sample(wrapper) for _, wrapper in own]).nan_to_num(0, 0, 0)
+    then = torch.tensor([value for key, _ in own for value in saved[key]]).nan_to_num(0, 0, 0)
     difference = ((now - then).norm() / then.norm().clamp_min(1e-12)).item()
     if difference > TOLERANCE:
         raise BaseMismatchError(
@@ -201,21 +233,28 @@ def _sample(wrapper: Adapted) -> Tensor:
     """Evenly spread elements of the frozen weight."""
     assert wrapper.site is not None
     weight = wrapper.site.store.read(wrapper.site.module, wrapper.site.name).reshape(-1)
-    steps = torch.linspace(0, weight.numel() - 1, SAMPLES, dtype=torch.float64).long()
-    return weight[steps.to(weight.device)].float().cpu()
+    return weight[:: max(1, weight.numel() // SAMPLES)][:SAMPLES].float().cpu()
 
 
 def _keyed_wrappers(root: nn.Module, name: str) -> list[tuple[str, Adapted, Adapter]]:
-    """File key, wrapper and adapter of every place; bare parameters of one module are nested, outermost first."""
-    found: list[tuple[str, Adapted, Adapter]] = []
-    depth: dict[str, int] = {}
-    for wrapper, adapter in adapters_of(root, name):
+    """File key, wrapper and adapter of every place.
+
+    In files, bare parameters of one module are nested, the one that the module registers last outermost: in `peft`
+    that is how its wrappers lie.
+    """
+    found = list(adapters_of(root, name))
+    bare: dict[str, list[str]] = {}  # module -> its adapted parameters
+    for wrapper, _ in found:
+        if isinstance(wrapper.site, ParameterSite):
+            bare.setdefault(wrapper.path, []).append(wrapper.site.leaf)
+    keyed: list[tuple[str, Adapted, Adapter]] = []
+    for wrapper, adapter in found:
         key = wrapper.path
         if isinstance(wrapper.site, ParameterSite):
-            key += ".base_layer" * depth.setdefault(key, 0)
-            depth[wrapper.path] += 1
-        found.append((key, wrapper, adapter))
-    return found
+            outermost_first = [p for p in reversed(frozen(wrapper)._parameters) if p in bare[key]]
+            key += ".base_layer" * outermost_first.index(wrapper.site.leaf)
+        keyed.append((key, wrapper, adapter))
+    return keyed
 
 
 def _keyed(root: nn.Module, name: str) -> list[tuple[str, Adapter]]:
@@ -225,8 +264,13 @@ def _keyed(root: nn.Module, name: str) -> list[tuple[str, Adapter]]:
 def _base_tensors(root: nn.Module, given: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
     """The embeddings of the base model that a file brings along; peft saves them whole when they were resized."""
     found: dict[str, nn.Parameter] = {}
+    if not given:
+        return found
     for getter in ("get_input_embeddings", "get_output_embeddings"):
-        module = getattr(root, getter, lambda: None)()
+        try:
+            module = getattr(root, getter, lambda: None)()
+        except NotImplementedError:  # vision models have none
+            continue
         for path, other in walk(root):
             if module is not None and other is frozen(module):
                 for key in (f"{path}.weight", f"{path}.base_layer.weight"):

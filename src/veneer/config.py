@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 import json
 import pkgutil
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 import yaml
 
-from veneer import files
+from veneer import field_types, files
 from veneer.errors import CheckpointError, ConfigError, VeneerWarning, nearest
 
 CONFIG_NAME = "adapter_config.json"
@@ -47,7 +48,10 @@ class _PeftTypes(type):
     def __getattr__(cls, name: str) -> str:
         if name.startswith("_"):
             raise AttributeError(name)
-        return config_class(name).peft_name or name
+        try:
+            return config_class(name).peft_name or name
+        except ConfigError as error:
+            raise AttributeError(str(error)) from error  # what `hasattr` expects
 
     def __iter__(cls) -> Iterator[str]:
         _discover()
@@ -94,6 +98,7 @@ class PeftConfig:
     inference_mode: bool = False
 
     def __post_init__(self) -> None:
+        field_types.check(self)
         if self.task_type is not None:
             if self.task_type not in list(TaskType):
                 raise ConfigError(
@@ -101,6 +106,11 @@ class PeftConfig:
                     + nearest(str(self.task_type), list(TaskType))
                 )
             self.task_type = TaskType(self.task_type)
+        if self.peft_name is not None and self.peft_type not in (None, self.peft_name):
+            raise ConfigError(
+                f"{type(self).__name__}(peft_type={self.peft_type!r}): its files say {self.peft_name!r}. "
+                "Leave peft_type out, or use the configuration class of the method."
+            )
         self.peft_type = self.peft_name or self.peft_type
         self.peft_version = self.peft_version or PEFT_FORMAT
         for entry in dataclasses.fields(self):
@@ -119,13 +129,27 @@ class PeftConfig:
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-compatible values."""
-        return {entry.name: _plain(getattr(self, entry.name)) for entry in dataclasses.fields(self)}
+        """The fields as JSON-compatible values.
+
+        Raises:
+            ConfigError: A field holds a function, for example a predicate as `target_modules`.
+        """
+        return {entry.name: _plain(getattr(self, entry.name), entry.name) for entry in dataclasses.fields(self)}
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Writes `adapter_config.json` into the folder, completely or not at all."""
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-        files.write_text(Path(save_directory) / CONFIG_NAME, text)
+        files.write_text(Path(save_directory) / CONFIG_NAME, self.to_text())
+
+    def to_text(self) -> str:
+        """What `adapter_config.json` holds.
+
+        Raises:
+            ConfigError: A value has no form in JSON.
+        """
+        try:
+            return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        except TypeError as error:
+            raise ConfigError(f"{type(self).__name__} cannot be written to a file: {error}.") from error
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **overrides: Any) -> PeftConfig:
@@ -156,20 +180,25 @@ class PeftConfig:
         for nothing, and files of newer versions stay readable.
 
         Raises:
-            ConfigError: Unknown method or key.
+            ConfigError: Unknown method or key, or a value that is not allowed.
         """
         values = dict(values)
-        known = config_class(str(values.get("peft_type") or ""), where) if cls.peft_name is None else cls
-        names = {entry.name for entry in dataclasses.fields(known)}
+        said = values.get("peft_type") or cls.peft_name
+        if cls.peft_name is None or said != cls.peft_name:
+            return config_class(str(said or ""), where).from_dict(values, where)
+        names = {entry.name for entry in dataclasses.fields(cls)}
         for key in sorted(set(values) - names):
             value = values.pop(key)
             if value:
                 raise ConfigError(
-                    f"{where}: {known.__name__} has no setting {key!r} (value {value!r}).{nearest(key, names)} "
+                    f"{where}: {cls.__name__} has no setting {key!r} (value {value!r}).{nearest(key, names)} "
                     "Remove the key if it does not matter, or use a version of Veneer that knows it."
                 )
             warnings.warn(f"{where}: ignored the unknown, empty setting {key!r}.", VeneerWarning, stacklevel=3)
-        return known(**values)
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
 
 
 @dataclass
@@ -198,8 +227,13 @@ class ModuleConfig(PeftConfig):
         super().__post_init__()
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
             value = getattr(self, name)
-            if isinstance(value, set | tuple | frozenset):
+            if isinstance(value, set | tuple | frozenset | range):
                 setattr(self, name, sorted(value))
+        if isinstance(self.exclude_modules, str):
+            check_expression("exclude_modules", self.exclude_modules)
+        patterns = self.layers_pattern or []
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            check_expression("layers_pattern", pattern)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             from veneer.targets import is_shorthand
 
@@ -210,6 +244,18 @@ class ModuleConfig(PeftConfig):
                 )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern was given without layers_to_transform, so it would choose nothing.")
+
+
+def check_expression(setting: str, expression: str) -> None:
+    """Refuses what is no regular expression.
+
+    Raises:
+        ConfigError: So.
+    """
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ConfigError(f"{setting}: {expression!r} is not a valid regular expression: {error}.") from error
 
 
 ConfigClass = TypeVar("ConfigClass", bound=type[PeftConfig])
@@ -252,7 +298,15 @@ def _discover() -> None:
     for module in pkgutil.iter_modules(methods.__path__):
         importlib.import_module(f"{methods.__name__}.{module.name}")
     for entry_point in importlib.metadata.entry_points(group="veneer.methods"):
-        entry_point.load()
+        try:
+            entry_point.load()
+        except Exception as error:  # one broken package may not take all other methods away
+            warnings.warn(
+                f"The methods of {entry_point.value!r}, which an installed package offers as {entry_point.name!r}, are "
+                f"left out: {type(error).__name__}: {error}. Update that package or remove it.",
+                VeneerWarning,
+                stacklevel=3,
+            )
     _discovered = True
 
 
@@ -303,7 +357,16 @@ def parse_method(spec: str | Mapping[str, Any] | PeftConfig) -> PeftConfig:
     values: dict[str, Any]
     if isinstance(spec, str):
         name, _, rest = spec.partition(":")
-        values = dict(_parse_setting(part, spec) for part in _split(rest))
+        values = {}
+        for key, value in (_parse_setting(part, spec) for part in _split(rest)):
+            if key in values:
+                raise ConfigError(f"Method string {spec!r}: {key!r} is set twice. Leave one of them out.")
+            values[key] = value
+    elif not isinstance(spec, Mapping):
+        raise ConfigError(
+            f"{spec!r} describes no method. Give a string such as 'lora:r=8', a mapping with a 'name', or a "
+            "configuration."
+        )
     else:
         values = dict(spec)
         if "name" not in values:
@@ -311,13 +374,13 @@ def parse_method(spec: str | Mapping[str, Any] | PeftConfig) -> PeftConfig:
         name = values.pop("name")
     names = method_names()
     if name not in names:
-        raise ConfigError(f"Unknown method {name!r}.{nearest(name, names)} Known: {', '.join(names)}.")
+        raise ConfigError(f"Unknown method {name!r}.{nearest(str(name), names)} Known: {', '.join(names)}.")
     cls, preset = _by_name[name]
     fields = {entry.name for entry in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
-            raise ConfigError(f"The method {name!r} has no setting {key!r}.{nearest(key, fields)}")
-    return cls(**{**preset, **_typed(cls, values, name)})
+            raise ConfigError(f"The method {name!r} has no setting {key!r}.{nearest(str(key), fields)}")
+    return cls(**{**preset, **values})
 
 
 def _split(text: str) -> list[str]:
@@ -343,45 +406,35 @@ def _parse_setting(part: str, spec: str) -> tuple[str, Any]:
     if not equals:
         raise ConfigError(f"Method string {spec!r}: {part!r} is not of the form setting=value.")
     try:
-        # YAML reads 1e-3 as a string; a number is what is meant.
-        parsed = yaml.safe_load(value)
-        return key.strip(), float(parsed) if isinstance(parsed, str) and _is_number(parsed) else parsed
+        return key.strip(), yaml.load(value, _Yaml)  # a safe loader
     except yaml.YAMLError as error:
         raise ConfigError(
-            f"Method string {spec!r}: the value of {key.strip()!r} is not readable: {value!r}."
+            f"Method string {spec!r}: the value of {key.strip()!r} is not readable: {value!r}. "
+            "Close its brackets, or put it in quotes."
         ) from error
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+class _Yaml(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as it is in JSON and in later versions of YAML."""
 
 
-def _typed(cls: type[PeftConfig], values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Checks and converts values by the types of the fields."""
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls)
-    try:
-        parsed = parser.parse_object(dict(values))
-    except ArgumentError as error:
-        raise ConfigError(f"Method {name!r}: {error}") from error
-    return {key: value for key, value in parsed.as_dict().items() if key in values}
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def _default(entry: dataclasses.Field[Any]) -> Any:
     return entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {entry.name: _plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
+        return {entry.name: _plain(getattr(value, entry.name), where) for entry in dataclasses.fields(value)}
     if isinstance(value, set | frozenset):
         return sorted(value)
     if callable(value):
-        raise ConfigError(f"{value!r} is a function and cannot be written to a file. Name the modules instead.")
+        raise ConfigError(
+            f"{where}={getattr(value, '__qualname__', value)} is a function and cannot be written to a file. Name the "
+            "modules instead."
+        )
     return value

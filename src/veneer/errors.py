@@ -52,5 +52,5 @@ def nearest(name: str, options: Iterable[str], limit: int = 3) -> str:
     >>> nearest("zzz", ["learning_rate"])
     ''
     """
-    matches = difflib.get_close_matches(name, list(options), n=limit, cutoff=0.6)
+    matches = difflib.get_close_matches(name, [str(option) for option in options], n=limit, cutoff=0.6)
     return f" Did you mean {' or '.join(repr(m) for m in matches)}?" if matches else ""

@@ -44,8 +44,7 @@ class Site:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.store = stores.store_of(module)
-        stored = self.store.shape(module, self.name)
-        matrix = self.view(torch.empty(stored, device="meta")).shape
+        matrix = self.view(self.store.outline(module, self.name)).shape
         self.batch = tuple(matrix[:-2])
         self.shape = (matrix[-2], matrix[-1])
 
@@ -168,7 +167,7 @@ class ConvSite(Site):
         return stored.flatten(1)
 
     def unview(self, weight: Tensor) -> Tensor:
-        return weight.reshape(self.store.shape(self.module, self.name))
+        return weight.reshape(self.store.outline(self.module, self.name).shape)
 
     def apply(
         self,
@@ -249,6 +248,7 @@ class ParameterSite(Site):
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.name = name
+        self.leaf = name.rpartition(".")[2]  # of the parameter, where wrappers of others lie between
         super().__init__(module)
 
     def on(self, module: nn.Module) -> Site:
@@ -262,7 +262,7 @@ class ParameterSite(Site):
 
     def _transposed(self) -> bool:
         owner = stores.owner_of(self.module, self.name)
-        return bool(getattr(owner, "is_transposed", False)) and len(self.store.shape(self.module, self.name)) == 3
+        return bool(getattr(owner, "is_transposed", False)) and self.store.outline(self.module, self.name).dim() == 3
 
     def view(self, stored: Tensor) -> Tensor:
         return stored.transpose(-1, -2) if self._transposed() else stored

@@ -1,8 +1,9 @@
 """Where things are in a transformers model: its blocks, their attention and feed-forward parts, and its head.
 
 Found from the module tree, not from a list of model families: a block is an element of a `ModuleList` that holds an
-attention module; the last projection inside the attention is its output, and the last one outside it is the output of
-the feed-forward part. A model of another build is told apart by a width check, and then the modules are named by hand.
+attention module; the last projection outside the attention is the output of the feed-forward part, and the last one of
+that width inside it is its output. A model of another build is told apart by a width check, and then the modules are
+named by hand.
 """
 
 from __future__ import annotations
@@ -47,15 +48,18 @@ def place(name: str, modules: Mapping[str, nn.Module]) -> list[str]:
     found: dict[str, list[str]] = {place: [] for place in PLACES}
     for block in blocks(modules):
         linears = [p for p in modules if _inside(p, block) and is_linear(modules[p])]
-        attentions: dict[str, str] = {}  # attention module -> its last projection
+        attentions: dict[str, list[str]] = {}  # attention module -> its projections
         feed_forward = None
         for path in linears:
             attention = _attention_of(path, block, modules)
             if attention is None:
                 feed_forward = path
             else:
-                attentions[attention] = path
-        found["attention-output"] += attentions.values()
+                attentions.setdefault(attention, []).append(path)
+        for paths in attentions.values():
+            # Both outputs are added to the same stream; a fused input projection may stand last, but is wider.
+            outputs = [p for p in paths if feed_forward and _width(modules[p]) == _width(modules[feed_forward])]
+            found["attention-output"].append((outputs or paths)[-1])
         found["ffn-output"] += [feed_forward] if feed_forward else []
     widths = {place: {_width(modules[path]) for path in paths} for place, paths in found.items()}
     if not found[name] or len(widths[name]) != 1 or widths[name] != widths["attention-output"]:

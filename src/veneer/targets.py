@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -45,49 +45,60 @@ def frozen(module: nn.Module) -> nn.Module:
     return module
 
 
-def match(root: nn.Module, config: ModuleConfig, *, strict: bool = True) -> list[str]:
+def match(
+    root: nn.Module, config: ModuleConfig, *, strict: bool = True, modules: Mapping[str, nn.Module] | None = None
+) -> list[str]:
     """Paths of the modules that the configuration targets, in model order.
 
     Args:
         root: The model.
         config: Its `target_modules`, `exclude_modules`, `layers_to_transform`, `layers_pattern` and `modules_to_save`.
-        strict: Whether one name of a list that matches nothing is worth a warning.
+        strict: Whether a part of the configuration that matches nothing is worth a warning.
+        modules: What `walk` lists, where it is at hand.
 
     Raises:
         TargetError: Nothing matches.
     """
-    modules = dict(walk(root))
-    targets = resolve(root, config)
+    modules = dict(walk(root)) if modules is None else modules
+    targets = resolve(root, config, modules)
     chosen = [path for path in _choose(targets, modules, root, config) if not _excluded(path, config)]
     if config.layers_to_transform is not None:
-        chosen = [path for path in chosen if _in_layers(path, config)]
+        chosen = [path for path in chosen if _layer_of(path, config) in _layers(config)]
     if not chosen:
         raise TargetError(_nothing(targets, modules, config))
-    if strict and isinstance(targets, list):
-        unmatched = [name for name in targets if not any(_has_suffix(path, name) for path in modules)]
-        if unmatched:
-            warnings.warn(
-                f"target_modules: {unmatched} match no module of {type(root).__name__}; the others were adapted."
-                + "".join(nearest(name, _names(modules)) for name in unmatched),
-                VeneerWarning,
-                stacklevel=3,
-            )
+    if strict:
+        for said in _unmatched(targets, chosen, modules, config):
+            warnings.warn(f"{type(root).__name__}: {said}", VeneerWarning, stacklevel=3)
     return chosen
 
 
-def resolve(root: nn.Module, config: ModuleConfig) -> Any:
+def resolve(root: nn.Module, config: ModuleConfig, modules: Mapping[str, nn.Module]) -> Any:
     """The targets in a form that a file can hold and `peft` can read: a list of names, an expression or `all-linear`.
 
     Raises:
-        TargetError: The method has no default on this model, or a place is not found.
+        TargetError: The method has no default on this model, a place is not found, or a function chooses nothing.
     """
-    targets, modules = config.target_modules, dict(walk(root))
+    targets = config.target_modules
     if targets is None:
         targets = default_targets(config, root, modules)
     words = targets if isinstance(targets, list) else [targets]
     if callable(targets) or any(is_shorthand(word) and word != ALL_LINEAR for word in words):
-        return list(_choose(targets, modules, root, config))
+        paths = list(_choose(targets, modules, root, config))
+        if not paths:
+            raise TargetError(_nothing(targets, modules, config))
+        return exactly(paths, modules)
     return targets
+
+
+def exactly(paths: Sequence[str], modules: Iterable[str]) -> list[str] | str:
+    """Targets that match these paths and no others: their list, or an expression where another path ends like one.
+
+    >>> exactly(["a.q"], ["a.q", "b.q"]), exactly(["q"], ["q", "b.q"])
+    (['a.q'], 'q')
+    """
+    wanted = set(paths)
+    clear = all(path in wanted or wanted.isdisjoint(_suffixes(path)) for path in modules)
+    return list(paths) if clear else "|".join(re.escape(path) for path in paths)
 
 
 def default_targets(config: ModuleConfig, root: nn.Module, modules: Mapping[str, nn.Module]) -> Any:
@@ -158,34 +169,57 @@ def _excluded(path: str, config: ModuleConfig) -> bool:
     return any(_has_suffix(parent, name) for name in config.modules_to_save or () for parent in above)
 
 
-def _in_layers(path: str, config: ModuleConfig) -> bool:
-    wanted = config.layers_to_transform
-    wanted = [wanted] if isinstance(wanted, int) else wanted or []
+def _layers(config: ModuleConfig) -> list[int]:
+    layers = config.layers_to_transform
+    return [layers] if isinstance(layers, int) else layers or []
+
+
+def _layer_of(path: str, config: ModuleConfig) -> int | None:
+    """Index of the layer that a module is in."""
     patterns = config.layers_pattern
     patterns = [patterns] if isinstance(patterns, str) else patterns or [r"[^.]+"]
     # The first number counts: in "layers.3.experts.0" the layer is 3.
     found = (re.match(rf"(?:.*?\.)??(?:{pattern})\.(\d+)\.", path) for pattern in patterns)
-    index = next((m.group(1) for m in found if m), None)
-    return index is not None and int(index) in wanted
+    return next((int(m.group(1)) for m in found if m), None)
+
+
+def _unmatched(
+    targets: Any, chosen: Sequence[str], modules: Mapping[str, nn.Module], config: ModuleConfig
+) -> Iterator[str]:
+    """Parts of the configuration that have no effect on this model, each with the nearest that would have one."""
+    exclude = config.exclude_modules
+    for setting, names in (("target_modules", targets), ("exclude_modules", exclude)):
+        wrong = [n for n in names if not any(_has_suffix(p, n) for p in modules)] if isinstance(names, list) else []
+        if wrong:
+            yield f"{setting}: {wrong} match no module." + "".join(nearest(name, _names(modules)) for name in wrong)
+    if isinstance(exclude, str) and not any(re.fullmatch(exclude, path) for path in modules):
+        yield f"exclude_modules={exclude!r} matches no module. It is a regular expression for the whole path."
+    missing = set(_layers(config)) - {_layer_of(path, config) for path in chosen}
+    if missing:
+        yield f"layers_to_transform: there is nothing to adapt in the layers {sorted(missing)}."
 
 
 def _names(modules: Iterable[str]) -> list[str]:
-    """Distinct last parts of the paths, numbers left out, in model order."""
-    leaves = (path.rpartition(".")[2] for path in modules)
-    return list(dict.fromkeys(leaf for leaf in leaves if not leaf.isdigit()))
+    """Distinct last parts of the paths, numbers left out where there are names, in model order."""
+    leaves = dict.fromkeys(path.rpartition(".")[2] for path in modules)
+    return [leaf for leaf in leaves if not leaf.isdigit()] or list(leaves)
 
 
 def _nothing(targets: Any, modules: Mapping[str, nn.Module], config: ModuleConfig) -> str:
     names = [targets] if isinstance(targets, str) else targets if isinstance(targets, list) else []
-    hints = "".join(dict.fromkeys(nearest(str(name), _names(modules)) for name in names))
+    known = _names(modules)
+    hints = "".join(dict.fromkeys(nearest(str(name), known) for name in names if name not in known))
+    if isinstance(targets, str) and any(_has_suffix(path, targets) for path in modules):
+        hints += f" It is a regular expression for the whole path; write a list to name modules: ['{targets}']."
     limits = {
         "exclude_modules": config.exclude_modules,
         "layers_to_transform": config.layers_to_transform,
+        "layers_pattern": config.layers_pattern,
         "modules_to_save": config.modules_to_save,
     }
     said = ", ".join(f"{name}={value!r}" for name, value in limits.items() if value is not None)
     shown = getattr(targets, "__name__", None) if isinstance(targets, Callable) else repr(targets)  # type: ignore[arg-type]
     return (
         f"target_modules={shown} matches no module{f' (with {said})' if said else ''}.{hints} "
-        f"The model has {', '.join(_names(modules)[:20])}."
+        f"The model has {', '.join(known[:20])}."
     )

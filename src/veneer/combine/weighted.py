@@ -22,6 +22,7 @@ from veneer.adapted import adapters_of
 from veneer.attach import detach
 from veneer.errors import ConfigError, UnsupportedError, nearest
 from veneer.methods.lora import Lora, LoraConfig
+from veneer.targets import exactly, walk
 
 if TYPE_CHECKING:
     from veneer.model import PeftModel
@@ -96,17 +97,17 @@ def combine(
     """
     configs = _check(model, adapters, weights, combination_type, svd_rank, density, majority_sign_method)
     concatenates = combination_type == "cat"
-    places = _places(model, adapters)
+    places = _places(model, adapters, weights)
     ranks = [sum(lora.down.shape[-2] for lora, _ in found) for found in places.values()]
     largest = max(lora.down.shape[-2] for found in places.values() for lora, _ in found)
-    rank = max(ranks) if concatenates else svd_rank or largest
+    rank = max(ranks) if concatenates else largest if svd_rank is None else svd_rank
     # Scaling 1, so that the factors say the whole; every place of any of the adapters is a place of the new one.
     config = replace(
         configs[0],
         r=rank,
         lora_alpha=rank,
         use_rslora=False,
-        target_modules=sorted(places),
+        target_modules=exactly(sorted(places), dict(walk(model.get_base_model()))),
         layers_to_transform=None,
         layers_pattern=None,
         exclude_modules=None,
@@ -115,12 +116,11 @@ def combine(
         lora_bias=any(config.lora_bias for config in configs),
         init_lora_weights=True,
     )
-    share = dict(zip(adapters, weights, strict=True))
     model.add_adapter(adapter_name, config)
     try:
         for wrapper, adapter in adapters_of(model, adapter_name):
             new = cast(Lora, adapter)
-            found = [(lora, share[name]) for lora, name in places[wrapper.path]]
+            found = places[wrapper.path]
             with torch.no_grad():
                 if concatenates:
                     _concatenate(new, found)
@@ -154,7 +154,7 @@ def _check(
         raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights were given; one weight each is needed.")
     if combination not in {"cat", *OPERATIONS}:
         raise ConfigError(
-            f"Unknown combination_type {combination!r}.{nearest(combination, OPERATIONS)} "
+            f"Unknown combination_type {combination!r}.{nearest(combination, ['cat', *OPERATIONS])} "
             f"Known: {', '.join(['cat', *OPERATIONS])}."
         )
     prunes = combination != "cat" and OPERATIONS[combination] is not total
@@ -164,6 +164,8 @@ def _check(
         raise ConfigError(f"combination_type={combination!r} prunes nothing; leave out density.")
     if combination == "cat" and rank is not None:
         raise ConfigError("combination_type='cat' keeps all ranks; leave out svd_rank.")
+    if rank is not None and rank <= 0:
+        raise ConfigError(f"svd_rank={rank!r}; a positive whole number was expected.")
     if sign not in ("total", "frequency"):
         raise ConfigError(f"majority_sign_method={sign!r}; 'total' or 'frequency' was expected.")
     configs = [model.peft_config[name] for name in adapters]
@@ -176,11 +178,12 @@ def _check(
     return cast(list[LoraConfig], configs)
 
 
-def _places(model: PeftModel, adapters: Sequence[str]) -> dict[str, list[tuple[Lora, str]]]:
-    places: dict[str, list[tuple[Lora, str]]] = {}
-    for name in adapters:
+def _places(model: PeftModel, adapters: Sequence[str], weights: Sequence[float]) -> dict[str, list[tuple[Lora, float]]]:
+    """By path: the adapters that stand there, each with its weight."""
+    places: dict[str, list[tuple[Lora, float]]] = {}
+    for name, weight in zip(adapters, weights, strict=True):
         for wrapper, adapter in adapters_of(model, name):
-            places.setdefault(wrapper.path, []).append((cast(Lora, adapter), name))
+            places.setdefault(wrapper.path, []).append((cast(Lora, adapter), weight))
     return places
 
 

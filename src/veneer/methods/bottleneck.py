@@ -92,5 +92,3 @@ class BottleneckConfig(ModuleConfig):
                 raise ConfigError(f"BottleneckConfig: {name}={value!r}; a positive whole number was expected.")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"BottleneckConfig: dropout={self.dropout!r}; a share in [0, 1) was expected.")
-        if self.non_linearity not in ACTIVATIONS:
-            raise ConfigError(f"BottleneckConfig: non_linearity={self.non_linearity!r}; one of {list(ACTIVATIONS)}.")

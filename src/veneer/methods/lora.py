@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from veneer import inits
 from veneer.adapter import Base, WeightAdapter
-from veneer.config import ModuleConfig, planned, register
+from veneer.config import ModuleConfig, check_expression, planned, register
 from veneer.errors import ConfigError
 from veneer.sites import LinearSite, Site
 
@@ -47,8 +47,7 @@ class Lora(WeightAdapter):
         self.up = nn.Parameter(torch.empty(*site.batch, out_features, config.r))
         self.bias = nn.Parameter(torch.empty(out_features)) if config.lora_bias else None
         # An embedding's input is an index, of which nothing can be dropped (peft does the same).
-        drops = config.lora_dropout > 0 and site.kind != "embedding"
-        self.dropout = nn.Dropout(config.lora_dropout) if drops else nn.Identity()
+        self.dropout = config.lora_dropout if site.kind != "embedding" else 0.0
 
     def reset(self) -> None:
         inits.start(self.init, self.down, self.up, self.site.kind)
@@ -67,7 +66,8 @@ class Lora(WeightAdapter):
         if self.site.kind == "parameter":
             return super().forward(x, base)
         y = base(x)
-        x = self.dropout(x.to(self.down.dtype) if x.is_floating_point() else x)
+        if x.is_floating_point():
+            x = F.dropout(x.to(self.down.dtype), self.dropout, self.training)
         if self.bias is None and type(self.site) is LinearSite and y.dtype == self.down.dtype:
             # One product that adds onto y: no tensor for the delta, none for its scaling.
             hidden = F.linear(x.to(self.down.device), self.down).reshape(-1, self.down.shape[0])
@@ -165,10 +165,12 @@ class LoraConfig(ModuleConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for where, rank in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
-            if not isinstance(rank, int) or rank <= 0:
+            if rank <= 0:
                 raise ConfigError(f"LoraConfig: {where}={rank!r}; a positive whole number was expected.")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"LoraConfig: lora_dropout={self.lora_dropout!r}; a share in [0, 1) was expected.")
+        for pattern in [*self.rank_pattern, *self.alpha_pattern]:
+            check_expression("rank_pattern or alpha_pattern", pattern)
         inits.check(self.init_lora_weights)
 
     def at(self, path: str) -> Self:

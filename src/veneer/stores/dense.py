@@ -14,8 +14,9 @@ from veneer.errors import TargetError
 class DenseStore:
     """Reads and writes tensors that are kept as they are used."""
 
-    def shape(self, module: nn.Module, name: str) -> torch.Size:
-        return module.get_parameter(name).shape
+    def outline(self, module: nn.Module, name: str) -> Tensor:
+        """A tensor of the stored one's dequantised shape; only its shape means anything."""
+        return module.get_parameter(name)
 
     def dtype(self, module: nn.Module, name: str) -> torch.dtype:
         return module.get_parameter(name).dtype
