@@ -14,7 +14,7 @@ import json
 import pkgutil
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -88,6 +88,9 @@ class PeftConfig:
     adapter: ClassVar[Any] = None
     """The `Adapter` class that carries the method out."""
     peft_name: ClassVar[str | None] = None
+    learning_rates: ClassVar[Mapping[str, float]] = {"classification": 1e-3, "causal-lm": 5e-4}
+    """Where a run names none: adapters start near zero and want some ten times the rates of full fine-tuning; a new
+    head wants the higher one, and language models lose sooner what they know."""
 
     task_type: str | None = None
     peft_type: str | None = None
@@ -211,7 +214,8 @@ class ModuleConfig(PeftConfig):
         exclude_modules: Names or suffixes, or one regular expression; wins over `target_modules`.
         layers_to_transform: Indices of the layers to adapt; none for all.
         layers_pattern: Name of the list that the layers stand in, where it is not found by itself.
-        modules_to_save: Modules that are trained as a whole, in a copy of their own.
+        modules_to_save: Modules that are trained as a whole, in a copy of their own; by the end of their path, as
+            `peft` reads it, so that `classifier` means `pre_classifier` too.
     """
 
     default_targets: ClassVar[tuple[Any, ...]] = ()
@@ -244,6 +248,10 @@ class ModuleConfig(PeftConfig):
                 )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern was given without layers_to_transform, so it would choose nothing.")
+
+    def unused(self, paths: Collection[str]) -> Iterator[str]:
+        """Settings for single places that none of the adapted ones makes use of, each as a sentence."""
+        yield from ()
 
 
 def check_expression(setting: str, expression: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from veneer.errors import DataError
+from veneer.options import Task
 
 IGNORED = -100
 # Logits are turned into losses in pieces of about this many numbers (64 MB in float32).
@@ -147,6 +148,13 @@ def language(prediction: Any) -> dict[str, float]:
         )
     loss, right = scores[labelled].astype(np.float64).mean(axis=0)
     return {"loss": float(loss), "perplexity": perplexity(float(loss)), "token_accuracy": float(right)}
+
+
+def functions(task: Task) -> dict[str, Any]:
+    """The arguments of a `Trainer` that have it compute a task's figures."""
+    if task == "classification":
+        return {"compute_metrics": classification}
+    return {"compute_metrics": language, "preprocess_logits_for_metrics": token_scores}
 
 
 def perplexity(loss: float) -> float:

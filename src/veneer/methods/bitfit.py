@@ -63,3 +63,4 @@ class BitFitConfig(ModuleConfig):
     adapter = BitFit
     peft_name = "BITFIT"
     default_targets = (has_bias, "all-linear")
+    learning_rates = {"classification": 2e-3, "causal-lm": 2e-3}  # noqa: RUF012  # read only

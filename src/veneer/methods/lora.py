@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -178,6 +178,11 @@ class LoraConfig(ModuleConfig):
         alpha = _pattern(self.alpha_pattern, path, self.lora_alpha)
         return self if (rank, alpha) == (self.r, self.lora_alpha) else replace(self, r=rank, lora_alpha=alpha)
 
+    def unused(self, paths: Collection[str]) -> Iterator[str]:
+        for name, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            if idle := [pattern for pattern in patterns if not any(_matches(pattern, path) for path in paths)]:
+                yield f"{name}: {idle} match none of the adapted modules."
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "adapter configuration") -> LoraConfig:
         # peft writes settings of its run, which the adapter does not depend on.
@@ -185,5 +190,10 @@ class LoraConfig(ModuleConfig):
 
 
 def _pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of the path at a dot."""
-    return next((v for pattern, v in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path)), default)
+    """The value of the first pattern that matches."""
+    return next((value for pattern, value in patterns.items() if _matches(pattern, path)), default)
+
+
+def _matches(pattern: str, path: str) -> bool:
+    """Whether the pattern matches the end of the path at a dot."""
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None

@@ -10,16 +10,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from transformers import TrainingArguments
 
 from veneer.errors import ConfigError, nearest
-from veneer.options import OutputOptions, RunOptions, Task
-
-# Adapters start near zero and want rates some ten times those of full fine-tuning. By `peft_name`; the rates that the
-# methods' papers and `peft`'s examples use, at the upper end, since runs here are short. A classifier's new head is
-# trained at the same rate and wants the higher one; language models lose what they know sooner.
-LEARNING_RATES: dict[Task, dict[str, float]] = {
-    "classification": {"LORA": 1e-3, "BITFIT": 2e-3, "BOTTLENECK": 1e-3},
-    "causal-lm": {"LORA": 5e-4, "BITFIT": 2e-3, "BOTTLENECK": 5e-4},
-}
-OTHER_RATE: dict[Task, float] = {"classification": 1e-3, "causal-lm": 5e-4}
+from veneer.options import OutputOptions, RunOptions
 
 # Fields that another section decides, with the setting that does.
 _DECIDED_ELSEWHERE = {
@@ -57,15 +48,13 @@ def check(training: Mapping[str, Any], output: OutputOptions) -> dict[str, Any]:
             continue
         if name in _DECIDED_ELSEWHERE and value is not None:
             raise ConfigError(
-                f"training.{name} is {value!r}, but {_DECIDED_ELSEWHERE[name]} decides that. "
-                f"Remove training.{name}."
+                f"training.{name} is {value!r}, but {_DECIDED_ELSEWHERE[name]} decides that. Remove training.{name}."
             )
         new = _RENAMED.get(name, name)
         values[new if new in fields else name] = value.value if isinstance(value, Enum) else value
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TrainingArguments)
-    # YAML reads 1e-3 as text; a number is what is meant.
-    values = {name: _number(value) for name, value in values.items()}
+    values = {name: _as_meant(name, value) for name, value in values.items()}
     try:
         parsed = parser.parse_object(values, defaults=False)
     except ArgumentError as error:
@@ -73,12 +62,12 @@ def check(training: Mapping[str, Any], output: OutputOptions) -> dict[str, Any]:
     return {name: parsed[name] for name in values}
 
 
-def resolve(options: RunOptions, peft_name: str, evaluates: bool) -> dict[str, Any]:
+def resolve(options: RunOptions, learning_rate: float, evaluates: bool) -> dict[str, Any]:
     """The training section with the defaults filled in that Veneer sets otherwise than transformers.
 
     Args:
         options: The run.
-        peft_name: The method's `peft_name`, which decides the learning rate.
+        learning_rate: The method's own for this task, where the user gives none.
         evaluates: Whether there is a held-out set.
 
     Raises:
@@ -96,9 +85,8 @@ def resolve(options: RunOptions, peft_name: str, evaluates: bool) -> dict[str, A
             f"training.eval_strategy is {given['eval_strategy']!r}, but nothing is held out to evaluate on. "
             "Give data.validation, or raise data.validation_share above 0."
         )
-    rates = LEARNING_RATES[options.task]
     defaults: dict[str, Any] = {
-        "learning_rate": rates.get(peft_name, OTHER_RATE[options.task]),
+        "learning_rate": learning_rate,
         "num_train_epochs": 3.0,
         "per_device_train_batch_size": 16 if classification else 8,
         "per_device_eval_batch_size": 32 if classification else 8,
@@ -122,6 +110,8 @@ def resolve(options: RunOptions, peft_name: str, evaluates: bool) -> dict[str, A
     if evaluates:
         defaults |= _evaluation_defaults(given)
     resolved = {**defaults, **given}
+    if str(resolved.get("metric_for_best_model")).endswith("perplexity"):
+        resolved.setdefault("greater_is_better", False)  # transformers knows this of losses only
     if options.output.early_stopping_patience is not None:
         _require_early_stopping(resolved, options.output.early_stopping_patience, evaluates)
     return resolved
@@ -167,12 +157,14 @@ def _require_early_stopping(resolved: dict[str, Any], patience: int, evaluates: 
     resolved.setdefault("metric_for_best_model", "loss")
 
 
-def _number(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    for kind in (int, float):
-        try:
-            return kind(value)
-        except ValueError:
-            continue
+def _as_meant(name: str, value: Any) -> Any:
+    """Undoes two readings of YAML: `1e-3` is text to it, and `no` is false."""
+    if value is False and name.endswith("_strategy"):
+        return "no"
+    if isinstance(value, str):
+        for kind in (int, float):
+            try:
+                return kind(value)
+            except ValueError:
+                continue
     return value

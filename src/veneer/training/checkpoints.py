@@ -109,7 +109,7 @@ def last_complete(folder: Path) -> Path:
     Raises:
         CheckpointError: There is none.
     """
-    defects = []
+    defects: list[tuple[str, str]] = []
     for _, checkpoint in reversed(steps(folder)):
         problem = defect(checkpoint)
         if problem is None:
@@ -193,7 +193,7 @@ def _digest(path: Path) -> str:
 
 def _is_write_failure(error: BaseException) -> bool:
     """Whether writing failed; torch and safetensors hide the `OSError` behind classes of their own."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) or (isinstance(error, CheckpointError) and isinstance(error.__cause__, OSError)):
         return True
     text = str(error)
     return isinstance(error, Exception) and any(
@@ -202,10 +202,12 @@ def _is_write_failure(error: BaseException) -> bool:
 
 
 def _write_failed(final: Path, error: BaseException) -> CheckpointError:
+    if isinstance(error, CheckpointError) and error.__cause__ is not None:
+        error = error.__cause__  # it names the hidden folder
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
     cause = "the disk is full" if full else f"writing failed ({error})"
     free = shutil.disk_usage(next(parent for parent in final.parents if parent.exists())).free
     return CheckpointError(
-        f"{final} could not be saved: {cause}, {free / 1e6:.0f} MB are free. Nothing half-written was left, and earlier "
-        "checkpoints are intact. Free some space (or lower save_total_limit), then go on with resume."
+        f"{final} could not be saved: {cause}, {free / 1e6:.0f} MB are free. Nothing half-written was left, and "
+        "earlier checkpoints are intact. Free some space (or lower save_total_limit), then go on with resume."
     )

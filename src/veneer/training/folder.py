@@ -4,6 +4,7 @@
 Between them lie the adapter's two files, the tokenizer, and `checkpoint-N` folders.
 """
 
+import copy
 import dataclasses
 import json
 import os
@@ -40,7 +41,9 @@ def claim(options: RunOptions) -> Path:
     output = options.output
     folder = Path(output.folder).expanduser()
     if output.overwrite and output.resume:
-        raise ConfigError("output.overwrite and output.resume are both set: one starts anew, the other goes on. Choose.")
+        raise ConfigError(
+            "output.overwrite and output.resume are both set: one starts anew, the other goes on. Choose."
+        )
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output.folder: {folder} is a file. Name a folder.")
     entries = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
@@ -67,9 +70,9 @@ def claim(options: RunOptions) -> Path:
     return folder
 
 
-def begin(folder: Path, options: RunOptions) -> None:
+def begin(folder: Path, options: RunOptions, *, resume: bool) -> None:
     """Makes the folder this run's: clears away an earlier run unless it goes on, and writes the configuration."""
-    if not options.output.resume and folder.is_dir():
+    if not resume and folder.is_dir():
         # The marks first: a folder that is killed here is an unfinished run, not one with foreign results.
         for name in (RESULTS, *_ADAPTER):
             (folder / name).unlink(missing_ok=True)
@@ -79,15 +82,21 @@ def begin(folder: Path, options: RunOptions) -> None:
     write_text(folder / RUN, _header() + dump(options))
 
 
-def publish(folder: Path, fill: Callable[[Path], RunResult]) -> RunResult:
+def publish(folder: Path, fill: Callable[[Path], RunResult], prompting: Mapping[str, Any]) -> RunResult:
     """Has `fill` write the adapter and what belongs to it aside, checks included, then puts the files in place.
+
+    Args:
+        folder: The output folder.
+        fill: Writes into the folder it is given, and returns what the run came to.
+        prompting: For `read_prompting`; empty for classification.
 
     Raises:
         CheckpointError: They could not be written; what was in the folder is intact.
     """
     with checkpoints.aside(folder / "final") as partial:
         result = fill(partial)
-        (partial / RESULTS).write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n", encoding="utf-8")
+        values = dataclasses.asdict(result) | ({"prompting": dict(prompting)} if prompting else {})
+        (partial / RESULTS).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         checkpoints.sync(partial)
         # The results last: they say that all the rest is there.
         for path in sorted(partial.iterdir(), key=lambda path: path.name == RESULTS):
@@ -113,7 +122,8 @@ def read_options(folder: str | Path) -> RunOptions:
     parser.add_class_arguments(RunOptions)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        given = parser.parse_object(values).as_dict()
+        # A copy, for it reads text once more: the training section's "no" would become false.
+        given = parser.parse_object(copy.deepcopy(values)).as_dict()
     except (yaml.YAMLError, ArgumentError, UnicodeDecodeError, TypeError) as error:
         raise CheckpointError(f"{path} is not a run's configuration ({error}). Restore it, or train again.") from error
     return RunOptions(
@@ -139,9 +149,16 @@ def read_result(folder: str | Path) -> RunResult:
             "name the folder of a finished run."
         )
     try:
-        return RunResult(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}). Restore it, or train again.") from error
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return RunResult(**{entry.name: values[entry.name] for entry in dataclasses.fields(RunResult)})
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error!r}). Restore it, or train again.") from error
+
+
+def read_prompting(folder: str | Path) -> dict[str, Any]:
+    """How a language model's prompts were written: `separator`, and `template` where it was the chat template."""
+    values = json.loads((Path(folder).expanduser() / RESULTS).read_text(encoding="utf-8"))
+    return {"separator": "", "template": True} | values.get("prompting", {})
 
 
 def dump(options: RunOptions) -> str:
@@ -196,9 +213,9 @@ def _compare(before: RunOptions, now: RunOptions, folder: Path) -> None:
         changed["task"] = (before.task, now.task)
     if parse_method(before.method).to_dict() != parse_method(now.method).to_dict():
         changed["method"] = (before.method, now.method)
-    for section in ("model", "data", "training"):
+    for section in ("model", "data", "training", "output"):
         for name, value in new[section].items():
-            if old[section].get(name) != value:
+            if old[section].get(name) != value and (section != "output" or name == "early_stopping_patience"):
                 changed[f"{section}.{name}"] = (old[section].get(name), value)
     essential = {
         key: pair for key, pair in changed.items() if key in ("task", "method", "model.name") or key.startswith("data.")
@@ -210,8 +227,8 @@ def _compare(before: RunOptions, now: RunOptions, folder: Path) -> None:
         )
     if changed:
         warnings.warn(
-            f"{folder} was begun with other settings: {_changes(changed)}. The resumed run will not end in the same "
-            f"weights as one in one go. The settings it was begun with stand in its {RUN}.",
+            f"{folder} was begun with other settings: {_changes(changed)}. The run goes on with the new ones, and will "
+            "not end in the weights of one that had the same settings throughout.",
             VeneerWarning,
             stacklevel=4,
         )

@@ -78,13 +78,12 @@ class GradientGuard(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        *,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
         **kwargs: Any,
     ) -> None:
         if self._done:
             return
+        model: nn.Module = kwargs["model"]
+        optimizer: torch.optim.Optimizer = kwargs["optimizer"]
         if not self._started:
             self._started = True
             self._silent = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -14,9 +14,12 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from veneer.adapted import adapters_of
 from veneer.errors import ConfigError, VeneerWarning
+from veneer.model import PeftModel
 from veneer.options import ModelOptions, Task
 from veneer.samples import resolve_model
+from veneer.trained_copy import TrainedCopy
 
 
 def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
@@ -82,8 +85,7 @@ def load_model(
     new = sorted({*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])})
     if task == "classification":
         model.config.problem_type = "single_label_classification"
-    if model.config.get_text_config().pad_token_id is None:
-        # Decoders read the class off the last token that is not padding.
+        # Decoders read the class off the last token that is not padding: it must be what batches are padded with.
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
@@ -94,15 +96,17 @@ def load_model(
     return model, new
 
 
-def warn_untrained(new: Sequence[str], trained: Sequence[str], name: str) -> None:
+def warn_untrained(new: Sequence[str], model: PeftModel, name: str) -> None:
     """Warns about weights that are neither in the model's files nor trained: they would stay random.
 
     Args:
         new: Names from `load_model`.
-        trained: Names of the modules that are trained whole.
-        name: The model.
+        model: The adapted model, some of whose modules are trained whole.
+        name: The base model.
     """
-    left = [key for key in new if not set(key.split(".")) & set(trained)]
+    adapters = adapters_of(model.get_base_model(), model.active_adapter)
+    copied = tuple(f"{wrapper.path}." for wrapper, adapter in adapters if isinstance(adapter, TrainedCopy))
+    left = [key for key in new if not key.startswith(copied)]
     if left:
         shown = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
         warnings.warn(

@@ -1,6 +1,6 @@
 """What is seen of a run while it trains: a bar on a terminal, a line now and then elsewhere."""
 
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,6 +27,8 @@ class ProgressDisplay(TrainerCallback):
         self._training: TaskID | None = None
         self._evaluation: TaskID | None = None
         self._next_line = 0.0
+        self.moment: str | None = None
+        """Of what the next held-out figures are; none names the epoch."""
 
     def __enter__(self) -> Self:
         if self._bar:
@@ -59,9 +61,7 @@ class ProgressDisplay(TrainerCallback):
                 "training", total=state.max_steps, completed=state.global_step, figures=""
             )
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._progress is not None and self._training is not None:
             self._progress.update(self._training, completed=state.global_step)
 
@@ -110,17 +110,26 @@ class ProgressDisplay(TrainerCallback):
         if self._progress is not None and self._evaluation is not None:
             self._progress.remove_task(self._evaluation)
         self._evaluation = None
-        when = f"after epoch {state.epoch:.3g}" if state.global_step and state.epoch is not None else "before training"
-        figures = describe({key.removeprefix("eval_"): value for key, value in (metrics or {}).items()})
-        self.console.print(f"held out, {when}: {figures}", highlight=False)
+        epoch = f"after epoch {state.epoch:.3g}" if state.global_step and state.epoch is not None else "before training"
+        when = self.moment or epoch
+        self.console.print(f"held out, {when}: {describe(figures_of(metrics or {}))}", highlight=False)
 
 
-def describe(metrics: dict[str, float]) -> str:
-    """The figures of merit among a trainer's metrics, in one line.
+def describe(metrics: Mapping[str, float]) -> str:
+    """Figures of merit in one line.
 
-    >>> describe({"loss": 0.43219, "accuracy": 0.81, "runtime": 3.2, "samples_per_second": 8.0, "epoch": 1.0})
-    'loss 0.4322, accuracy 0.81'
+    >>> describe({"loss": 0.43219, "macro_f1": 0.81})
+    'loss 0.4322, macro f1 0.81'
     """
-    speed = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
-    shown = (f"{key.replace('_', ' ')} {value:.4g}" for key, value in metrics.items() if key not in speed)
-    return ", ".join(shown)
+    return ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in metrics.items())
+
+
+def figures_of(logged: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of merit among a trainer's metrics, without their prefix.
+
+    >>> figures_of({"eval_loss": 0.5, "eval_runtime": 3.2, "epoch": 1.0})
+    {'loss': 0.5}
+    """
+    speed = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch")
+    plain = {name.removeprefix("eval_"): value for name, value in logged.items()}
+    return {name: float(value) for name, value in plain.items() if name not in speed}

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import Sampler
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 
@@ -39,6 +41,25 @@ class GroupedByLength(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+class EpochOrder(TrainerCallback):
+    """Tells the sampler which epoch it is.
+
+    transformers and accelerate do so too, but do not reach it where several processes share the batches and a resumed
+    epoch skips some of them; the wrong examples would be skipped.
+    """
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        sampler = kwargs.get("train_dataloader")
+        while sampler is not None:
+            if isinstance(sampler, GroupedByLength | SeedableRandomSampler):
+                sampler.set_epoch(int(state.epoch or 0))
+                return
+            inner = getattr(sampler, "batch_sampler", None)
+            sampler = inner if inner is not None else getattr(sampler, "sampler", None)
 
 
 class LongestFirst(Sampler[int]):

@@ -5,23 +5,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PrinterCallback
 
 from veneer.data import Collator, TaskData, encode_prompts, encode_texts, load_evaluation, load_task, read_table
+from veneer.data.columns import TEXT_NAMES, is_text, only_column, require_texts, usual_columns
 from veneer.errors import ConfigError, DataError
 from veneer.evaluation import metrics
 from veneer.model import PeftModel
 from veneer.options import DataOptions, RunOptions
+from veneer.training import arguments, samplers
 from veneer.training import folder as run_folder
-from veneer.training import samplers
 from veneer.training.models import load_model, load_tokenizer
+from veneer.training.progress import figures_of
+from veneer.training.trainer import Trainer
 
-# Above so many classes, single ones are left out of `evaluate`.
+# With more classes than this, `evaluate` leaves the single ones out.
 _CLASSES = 20
 _BATCH = 32
+# The training settings that decide how a model is run, whether or not it is trained.
+_MEASURING = (
+    "per_device_eval_batch_size", "dataloader_num_workers", "dataloader_pin_memory", "bf16", "fp16", "bf16_full_eval",
+    "fp16_full_eval", "tf32", "use_cpu",
+)  # fmt: skip
 
 
 def load_trained(
@@ -41,6 +48,7 @@ def load_trained(
         BaseMismatchError: The base model is not the one that was trained on.
     """
     options = run_folder.read_options(folder)
+    options.output.folder = str(Path(folder).expanduser())  # it may have been moved
     labels = run_folder.read_result(folder).labels
     if device_map is not None:
         options.model.device_map = device_map
@@ -53,9 +61,10 @@ def load_adapted(
 ) -> PeftModel:
     """A fresh copy of the base model with a saved adapter on it."""
     base, _ = load_model(options.model, options.task, tokenizer, labels)
+    model = PeftModel.from_pretrained(base, adapter)
     if options.model.device_map is None and torch.accelerator.is_available():
-        base.to(torch.accelerator.current_accelerator())
-    return PeftModel.from_pretrained(base, adapter).eval()
+        model.to(torch.accelerator.current_accelerator())
+    return model.eval()
 
 
 def evaluate(folder: str | Path, data: DataOptions | str | None = None) -> dict[str, float]:
@@ -78,14 +87,18 @@ def evaluate(folder: str | Path, data: DataOptions | str | None = None) -> dict[
         task = load_task(options.data, options.task, tokenizer, seed)
         if task.evaluation is None:
             raise DataError(f"The run in {folder} held nothing out. Name other data to evaluate on.")
+        if task.labels != labels:
+            raise DataError(
+                f"{options.data.train} has the classes {task.labels} now; the run in {folder} was trained with "
+                f"{labels}. Restore the data, or name other data to evaluate on."
+            )
     else:
         section = data
         if isinstance(section, str):
             # The run's columns and lengths, but all of the rows.
             section = replace(options.data, train=section, validation=None, split=None, limit=None)
         task = load_evaluation(section, options.task, tokenizer, seed, labels)
-    batch = int(options.training.get("per_device_eval_batch_size", 8))
-    return _measure(model, task, batch)
+    return _measure(model, tokenizer, task, options)
 
 
 def predict(
@@ -141,29 +154,32 @@ def predictor(
         length = min(options.data.max_length, int(tokenizer.model_max_length))
         return lambda texts: _classify(model, tokenizer, texts, labels, length)
     prompting = run_folder.read_prompting(folder)
+    if not prompting["template"]:
+        tokenizer.chat_template = None  # the run did without, so the prompts do
 
     def answer(texts: Sequence[str]) -> list[dict[str, Any]]:
-        ids = encode_prompts(texts, tokenizer, prompting["separator"], prompting["template"])
+        ids = encode_prompts(texts, tokenizer, prompting["separator"])
         return [{"generated": text} for text in generate(model, tokenizer, ids, max_new_tokens, temperature)]
 
     return answer
 
 
 def read_texts(folder: str | Path, file: str) -> list[str]:
-    """The texts in a file to predict: lines of a txt file, else the column that the run was trained on.
+    """The texts in a file to predict: its lines, or the column that the run was trained on.
 
     Raises:
-        DataError: There is no such file or column, or a row has no text.
+        DataError: There is no such file, no such column, or a row has no text.
     """
-    path = Path(file).expanduser()
-    if path.suffix == ".txt":
-        try:
-            return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{file} cannot be read as UTF-8 text ({error}).") from error
-    options = run_folder.read_options(folder)
-    table = read_table(str(path))
-    return text_values(table, options)
+    table = read_table(file)
+    column = run_folder.read_options(folder).data.text_column
+    if column not in table.columns:
+        usual = usual_columns(table.columns, (*TEXT_NAMES, "prompt", "instruction", "question"))
+        column = only_column(usual or [c for c in table.columns if is_text(table.values(c))], "text", table)
+    if column is None:
+        raise DataError(f"{file}: no column looks like the text. Its columns are: {', '.join(table.columns)}.")
+    texts = table.values(column)
+    require_texts(table, column, texts)
+    return texts
 
 
 def generate(
@@ -194,7 +210,7 @@ def generate(
     training = model.training
     model.eval()
     for chosen, batch in _batches([{"input_ids": list(ids)} for ids in prompts], collate, size=8):
-        inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        inputs: dict[str, Any] = {name: tensor.to(model.device) for name, tensor in batch.items()}
         with torch.inference_mode():
             written = model.generate(
                 **inputs,
@@ -235,36 +251,28 @@ def _classify(
     return [answers[i] for i in range(len(examples))]
 
 
-def _measure(model: PeftModel, task: TaskData, size: int) -> dict[str, float]:
-    """Figures of a model on the held-out examples of a task."""
-    from transformers import EvalPrediction
-
+def _measure(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, task: TaskData, options: RunOptions
+) -> dict[str, float]:
+    """Figures of a model on the held-out examples of a task, got as in training."""
+    settings = {name: options.training[name] for name in _MEASURING if name in options.training}
+    args = arguments.build({**settings, "report_to": "none", "save_strategy": "no"}, options.output.folder)
+    trainer = Trainer(
+        model, args, data_collator=task.collate, processing_class=tokenizer, **metrics.functions(options.task)
+    )
+    trainer.remove_callback(PrinterCallback)
     assert task.evaluation is not None
-    rows = list(task.evaluation)
-    predictions: dict[int, Any] = {}
-    for chosen, batch in _batches(rows, task.collate, size):
-        logits = logits_of(model, batch)
-        reduced = logits if task.labels else metrics.token_scores(logits, batch["labels"])
-        for place, row in zip(chosen, reduced, strict=True):
-            predictions[place] = row.numpy()
-    if task.labels:
-        labels = np.array([row["labels"] for row in rows])
-        stacked = np.stack([predictions[i] for i in range(len(rows))])
-        figures = metrics.classification(EvalPrediction(stacked, labels))
-        figures |= {"majority": metrics.majority(labels), "examples": float(len(rows))}
-        report = metrics.classification_report(labels, stacked.argmax(axis=-1), len(task.labels))
+    order = samplers.LongestFirst([len(ids) for ids in task.evaluation["input_ids"]])
+    found = trainer.predict(task.evaluation.select(list(order)), metric_key_prefix="eval")
+    figures = figures_of(found.metrics) | {"examples": float(len(found.label_ids))}
+    if options.task == "classification":
+        guesses = metrics.first(found.predictions).argmax(axis=-1)
+        report = metrics.classification_report(found.label_ids, guesses, len(task.labels))
+        figures["majority"] = metrics.majority(found.label_ids)
         if len(task.labels) <= _CLASSES:
             for name, precision, recall in zip(task.labels, report.precision, report.recall, strict=True):
                 figures |= {f"precision ({name})": precision, f"recall ({name})": recall}
-        return figures
-    # One long row: rows of all lengths need not be padded to be averaged.
-    flat = np.concatenate([predictions[i][: len(row["labels"])] for i, row in enumerate(rows)])
-    return metrics.language(EvalPrediction(flat[None], _flat_labels(rows)[None])) | {"examples": float(len(rows))}
-
-
-def _flat_labels(rows: Sequence[dict[str, Any]]) -> Any:
-    """Labels one after the other; the first of each row, which nothing predicts, is left out."""
-    return np.concatenate([np.array([metrics.IGNORED, *row["labels"][1:]]) for row in rows])
+    return figures
 
 
 def _batches(

@@ -52,6 +52,7 @@ class Trainer(transformers.Trainer):
         self._inspect(_base(self.model))
         self.add_callback(guards.GradientGuard())
         self.add_callback(Clock())
+        self.add_callback(samplers.EpochOrder())
 
     @property
     def clock(self) -> Clock:
@@ -70,7 +71,8 @@ class Trainer(transformers.Trainer):
         # Makes transformers count the labels of all batches of a step; `compute_loss` weighs with them.
         self.model_accepts_loss_kwargs = True
         if self.label_smoother is not None and type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-            self.label_smoother = functools.partial(self.label_smoother, shift_labels=True)
+            shifted: Any = functools.partial(self.label_smoother, shift_labels=True)
+            self.label_smoother = shifted
 
     def _move_model_to_device(self, model: nn.Module, device: Any) -> None:
         # Where parts lie on several devices or on the disk, each stays where it is.
@@ -80,7 +82,8 @@ class Trainer(transformers.Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             accepted = list(inspect.signature(_base(self.model).forward).parameters)
-            self._signature_columns = [*accepted, *sorted({"label", "label_ids", *self.label_names})]
+            columns: Any = [*accepted, *sorted({"label", "label_ids", *self.label_names})]
+            self._signature_columns = columns
 
     # ---- Training ----
 
@@ -90,7 +93,7 @@ class Trainer(transformers.Trainer):
         Raises:
             CheckpointError: There is no checkpoint to resume from, or the one that is named is damaged.
         """
-        folder = Path(self.args.output_dir)
+        folder = Path(str(self.args.output_dir))
         if self.args.should_save:
             checkpoints.clean(folder)
         self.accelerator.wait_for_everyone()
@@ -177,7 +180,7 @@ class Trainer(transformers.Trainer):
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
         """Batches in the order of the data set: what `predict` returns belongs to its rows."""
-        sampler = SequentialSampler if self.args.world_size == 1 else super()._get_eval_sampler
+        sampler: Any = SequentialSampler if self.args.world_size == 1 else super()._get_eval_sampler
         return self._get_dataloader(test_dataset, "test", self.args.eval_batch_size, sampler_fn=sampler)
 
     # ---- Evaluation ----
@@ -203,6 +206,7 @@ class Trainer(transformers.Trainer):
         if best is not None and (best == final or best.is_dir()):
             self.state.best_model_checkpoint = str(best)
         with checkpoints.saving(final, owner=self.args.should_save) as partial:
+            self.accelerator.wait_for_everyone()  # the owner clears the folder before others write into it
             self.save_model(str(partial), _internal_call=True)
             if not self.args.save_only_model:
                 self._save_optimizer_and_scheduler(str(partial))
@@ -212,6 +216,7 @@ class Trainer(transformers.Trainer):
             if self.args.should_save:
                 self._save_state(partial)
                 checkpoints.seal(partial, resumable=not self.args.save_only_model)
+        self.accelerator.wait_for_everyone()  # others may want to load it
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
         if self.args.should_save:
@@ -233,7 +238,7 @@ class Trainer(transformers.Trainer):
             return super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return None
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         model.save_pretrained(str(folder), **({} if state_dict is None else {"state_dict": state_dict}))
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
