@@ -200,12 +200,15 @@ def test_questions_about_a_model_are_refused_for_an_adapter(adapter: Path) -> No
         inspect(str(adapter), method="lora", target="query")
 
 
-def test_a_name_that_is_nothing_gets_the_nearest_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(
-        ConfigError, match=r"'minlm' is neither an adapter's folder nor a model\. Did you mean 'minilm'"
-    ):
+def test_a_name_that_is_nothing_gets_the_nearest_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=r"'minlm' is neither an adapter's folder nor a model.*mean 'minilm'"):
         inspect("minlm")
+
+
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no such folder"):
+        inspect(str(tmp_path / "absent"))
 
 
 def test_a_target_that_matches_nothing_gets_the_nearest_name(bert: str) -> None:

@@ -12,7 +12,7 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Na
 from veneer import __version__
 from veneer.errors import ConfigError
 from veneer.options import DataOptions, ModelOptions, OutputOptions, RunOptions, Task
-from veneer.usage import UsageError, usage_error
+from veneer.usage import UsageError, plain, usage_error
 
 
 class _Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -91,7 +91,7 @@ def run_options(arguments: Namespace) -> RunOptions:
         parse_method(options.method)
         options.training = check(arguments.training, options.output)
     except ConfigError as error:
-        raise UsageError(f"{error} Try: veneer train --help") from error
+        raise UsageError(f"{plain(str(error))} Try: veneer train --help") from error
     return options
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from veneer.adapted import Adapted, Switch, adapters_of, wrappers
 from veneer.adapter import Adapter
 from veneer.config import ModuleConfig, PeftConfig
-from veneer.errors import ConfigError, StateError, TargetError, VeneerWarning, nearest
+from veneer.errors import ConfigError, StateError, TargetError, UnsupportedError, VeneerWarning, nearest
 from veneer.sites import ParameterSite, Site, parameter_site, site_of
 from veneer.targets import match, resolve, walk
 from veneer.trained_copy import TrainedCopy, tied_modules, warn_if_tied
@@ -48,23 +48,30 @@ def attach(
     Raises:
         ConfigError: The name is taken or not usable.
         TargetError: A target matches nothing or cannot be adapted; the model is left as it was.
+        UnsupportedError: Adapters would have to be tied.
     """
     check_name(name, root)
     if not isinstance(config, ModuleConfig) or config.adapter is None:
         raise ConfigError(f"{type(config).__name__} describes no method that attaches to modules.")
-    modules = {"": root, **dict(walk(root))}
+    below = dict(walk(root))
+    modules = {"": root, **below}
     places: list[Place] = []
     parameters = getattr(config, "target_parameters", None)
     if config.target_modules or not parameters:
-        config = replace(config, target_modules=resolve(root, config, modules))
-        places += [(path, None) for path in match(root, config, strict=start, modules=modules)]
-    places += _parameter_places(modules, parameters or ())
+        config = replace(config, target_modules=resolve(root, config, below))
+        places += [(path, None) for path in match(root, config, strict=start, modules=below)]
+    places += _parameter_places(below, parameters or ())
+    if getattr(config, "ensure_weight_tying", False):
+        _refuse_tied(below, places)
+    if start:
+        for said in config.unused([path if leaf is None else f"{path}.{leaf}" for path, leaf in places]):
+            warnings.warn(f"{type(root).__name__}: {said}", VeneerWarning, stacklevel=4)
     with torch.device("cpu" if start else "meta"):
         planned: list[tuple[Place, Adapter]] = [(place, _build(modules, place, config)) for place in places]
     if start:
         for _, adapter in planned:
             adapter.reset()
-    copies = _copies(modules, config, optional_copies)
+    copies = _copies(below, config, optional_copies)
     for place, adapter in [*planned, *(((path, None), copy) for path, copy in copies.items())]:
         wrapper = _wrapper_at(modules, place, switch, adapter.site)
         if adapter.site is not None:
@@ -132,10 +139,15 @@ def _build(modules: Mapping[str, nn.Module], place: Place, config: ModuleConfig)
             f"{path} is a {type(module).__name__}, {what}; {cls.__name__} adapts {', '.join(sorted(cls.kinds))} "
             "layers. Narrow `target_modules`, or name the module in `exclude_modules`."
         )
-    if isinstance(parent, nn.MultiheadAttention) and parameter is None:
+    if isinstance(parent, nn.MultiheadAttention):
         raise TargetError(
             f"{path}: torch.nn.MultiheadAttention reads the weight of this layer without calling it, so an adapter "
-            f"there would have no effect. Target the tensor itself: target_parameters=['{path}.weight']."
+            "there would have no effect. "
+            + (
+                f"Target the tensor itself: target_parameters=['{path}.weight']."
+                if parameter is None
+                else "Put the attention into a module, so that the attention as a whole can be wrapped."
+            )
         )
     if isinstance(parent, nn.TransformerEncoderLayer):
         # Its fused inference kernel reads the weights of its layers without calling them.
@@ -167,7 +179,7 @@ def _wrapper_at(modules: Mapping[str, nn.Module], place: Place, switch: Switch, 
     assert child is not None
     outer, depth = child, 0
     while isinstance(child, Adapted):
-        held = child.site.leaf if isinstance(child.site, ParameterSite) else None
+        held = child.site.parameter if isinstance(child.site, ParameterSite) else None
         if held == parameter:
             return child
         child, depth = child.base_layer, depth + 1
@@ -195,8 +207,30 @@ def _parameter_places(modules: Mapping[str, nn.Module], names: Iterable[str]) ->
         if not found:
             known = {f"{p.rpartition('.')[2]}.{q}" for p, module in modules.items() for q in module._parameters}
             raise TargetError(f"target_parameters: {name!r} matches no parameter.{nearest(name, known)}")
-        places += found
+        places += [_called(modules, place) for place in found]
     return list(dict.fromkeys(places))
+
+
+def _called(modules: Mapping[str, nn.Module], place: Place) -> Place:
+    """The place itself, or that of the module above which reads the parameter without calling the module it is in."""
+    path, parameter = place
+    above, _, leaf = path.rpartition(".")
+    return (above, f"{leaf}.{parameter}") if isinstance(modules.get(above), nn.MultiheadAttention) else place
+
+
+def _refuse_tied(modules: Mapping[str, nn.Module], places: Iterable[Place]) -> None:
+    """Refuses adapters that would have to be tied.
+
+    Raises:
+        UnsupportedError: A place shares its weight with another module.
+    """
+    for path, parameter in places:
+        if parameter is None and (others := tied_modules(modules, path)):
+            raise UnsupportedError(
+                f"ensure_weight_tying=True: {path} is adapted and shares its weight with {', '.join(others)}; adapters "
+                "are not tied in this version. Name it in modules_to_save instead of target_modules, or leave "
+                "ensure_weight_tying out to adapt it alone."
+            )
 
 
 def _copies(modules: Mapping[str, nn.Module], config: ModuleConfig, optional: Iterable[str]) -> dict[str, TrainedCopy]:
@@ -208,14 +242,20 @@ def _copies(modules: Mapping[str, nn.Module], config: ModuleConfig, optional: It
     names = list(config.modules_to_save or [])
     chosen: dict[str, None] = {}
     for name in names:
-        matches = [path for path in modules if path == name or path.endswith("." + name)]
+        matches = [path for path in modules if path.endswith(name)]  # as in `peft`, also within a word
         if not matches and name not in optional:
             leaves = {path.rpartition(".")[2] for path in modules}
             raise TargetError(f"modules_to_save: {name!r} matches no module.{nearest(name, leaves)}")
         chosen.update(dict.fromkeys(matches))
     if getattr(config, "ensure_weight_tying", False):
-        for path in list(chosen):
-            chosen.update(dict.fromkeys(tied_modules(modules, path)))
+        tied = [other for path in chosen for other in tied_modules(modules, path)]
+        if not tied:
+            warnings.warn(
+                "ensure_weight_tying=True ties nothing: no module of modules_to_save shares its weight with another.",
+                VeneerWarning,
+                stacklevel=4,
+            )
+        chosen.update(dict.fromkeys(tied))
     else:
         warn_if_tied(modules, list(chosen))
     for path in chosen:

@@ -120,7 +120,7 @@ def read(source: str | Path, *, allow_pickle: bool = False, **hub: Any) -> tuple
     Args:
         source: A folder or a hub id.
         allow_pickle: Also read `adapter_model.bin`, a pickle, of older adapters.
-        hub: `revision`, `subfolder`, `token`, `cache_dir`.
+        hub: As in `files.find`.
 
     Raises:
         CheckpointError: The file is missing, truncated or corrupted.
@@ -246,15 +246,23 @@ def _keyed_wrappers(root: nn.Module, name: str) -> list[tuple[str, Adapted, Adap
     bare: dict[str, list[str]] = {}  # module -> its adapted parameters
     for wrapper, _ in found:
         if isinstance(wrapper.site, ParameterSite):
-            bare.setdefault(wrapper.path, []).append(wrapper.site.leaf)
+            owner, leaf = _owner(wrapper.path, wrapper.site)
+            bare.setdefault(owner, []).append(leaf)
     keyed: list[tuple[str, Adapted, Adapter]] = []
     for wrapper, adapter in found:
         key = wrapper.path
         if isinstance(wrapper.site, ParameterSite):
-            outermost_first = [p for p in reversed(frozen(wrapper)._parameters) if p in bare[key]]
-            key += ".base_layer" * outermost_first.index(wrapper.site.leaf)
+            key, leaf = _owner(wrapper.path, wrapper.site)
+            registered = frozen(wrapper).get_submodule(wrapper.site.parameter.rpartition(".")[0])._parameters
+            key += ".base_layer" * [name for name in reversed(registered) if name in bare[key]].index(leaf)
         keyed.append((key, wrapper, adapter))
     return keyed
+
+
+def _owner(path: str, site: ParameterSite) -> tuple[str, str]:
+    """Path of the module that holds a bare parameter, and the parameter's name in it."""
+    owner, _, leaf = f"{path}.{site.parameter}".rpartition(".")
+    return owner, leaf
 
 
 def _keyed(root: nn.Module, name: str) -> list[tuple[str, Adapter]]:

@@ -27,6 +27,9 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+# Texts of a file that are answered together: enough to sort them by length, few enough to see answers soon.
+_GROUP = 256
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
@@ -64,7 +67,7 @@ def _train(chosen: Namespace) -> None:
 
     result = train(options, console=_console(sys.stderr))
     _console().print(summary_table([result]))
-    print(f"Adapter: {result.folder}\nUse it: veneer predict {shlex.quote(result.folder)} TEXT")
+    print(f"Use it: veneer predict {shlex.quote(result.folder)} TEXT")
 
 
 def _evaluate(chosen: Namespace) -> None:
@@ -74,27 +77,23 @@ def _evaluate(chosen: Namespace) -> None:
     if chosen.json:
         print(json.dumps(metrics))
         return
-    _print_pairs({name.removeprefix("eval_"): _number(value) for name, value in metrics.items()})
+    figures = {name.replace("_", " "): value for name, value in metrics.items()}
+    width = max(map(len, figures))
+    for name, value in figures.items():
+        print(f"{name:{width}}  {value:.0f}" if name == "examples" else f"{name:{width}}  {value:.4f}")
 
 
 def _predict(chosen: Namespace) -> None:
     from veneer.training.run import predictor
 
     if chosen.texts and chosen.file:
-        raise UsageError("predict: give texts or --file, not both.")
+        raise UsageError("Texts and --file were both given. Leave one out.")
     answer = predictor(chosen.folder, max_new_tokens=chosen.max_new_tokens, temperature=chosen.temperature)
-    for text, found in _answers(answer, chosen):
-        if chosen.json:
-            print(json.dumps({"text": text, **found}, ensure_ascii=False), flush=True)
-        else:
-            print(_answer_line(text, found), flush=True)
-
-
-def _answers(
-    answer: Callable[[list[str]], list[dict[str, Any]]], chosen: Namespace
-) -> Iterator[tuple[str, dict[str, Any]]]:
+    alone = len(chosen.texts) == 1
     for texts in _texts(chosen):
-        yield from zip(texts, answer(texts), strict=True)
+        for text, found in zip(texts, answer(texts), strict=True):
+            line = json.dumps({"text": text, **found}, ensure_ascii=False) if chosen.json else _line(text, found, alone)
+            print(line, flush=True)
 
 
 def _texts(chosen: Namespace) -> Iterator[list[str]]:
@@ -104,30 +103,38 @@ def _texts(chosen: Namespace) -> Iterator[list[str]]:
     elif chosen.file:
         from veneer.training.run import read_texts
 
-        yield read_texts(chosen.folder, chosen.file)
+        texts = read_texts(chosen.folder, chosen.file)
+        yield from (texts[start : start + _GROUP] for start in range(0, len(texts), _GROUP))
     else:
         if sys.stdin.isatty():
             print("One text a line; Ctrl-D ends.", file=sys.stderr)
         # One by one: whoever writes into the pipe may be waiting for the answer.
         for line in sys.stdin:
             if line.strip():
-                yield [line.rstrip("\n")]
+                yield [line.strip()]
+
+
+def _line(text: str, answer: dict[str, Any], alone: bool) -> str:
+    """An answer as people read it: label, probability and text in columns, or the prompt and what was written."""
+    if "generated" in answer:
+        return answer["generated"] if alone else f"> {text}\n{answer['generated']}\n"
+    width = max(map(len, answer["probabilities"]))
+    return f"{answer['label']:{width}}  {answer['probabilities'][answer['label']]:.3f}  {' '.join(text.split())}"
 
 
 def _merge(chosen: Namespace) -> None:
     from veneer.merging import merge_folder
 
     merged = merge_folder(chosen.folder, chosen.output, base=chosen.base)
-    print(f"Merged model: {chosen.output}")
-    print(
-        f"Largest difference from the adapted model's outputs: {merged.difference:.2g} (allowed {merged.allowed:.2g})"
-    )
+    print(f"Merged model: {merged.folder}")
+    difference = f"{merged.difference:.1e} of the largest output, up to {merged.allowed:.0e} is rounding"
+    print(f"Difference from the adapted model: {difference}")
 
 
 def _inspect(chosen: Namespace) -> None:
     from veneer import inspection
 
-    found = inspection.inspect(chosen.what, method=chosen.method, target=chosen.target)
+    found = inspection.inspect(chosen.what, method=chosen.method, target=chosen.target, task=chosen.task)
     if chosen.json:
         print(json.dumps(found.to_dict(), indent=2))
     else:

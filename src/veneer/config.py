@@ -162,7 +162,7 @@ class PeftConfig:
             CheckpointError: There is no such file, or it is not a JSON object.
             ConfigError: It names an unknown method or an unknown key with a value that matters.
         """
-        hub = {k: overrides.pop(k) for k in list(overrides) if k in ("revision", "subfolder", "token", "cache_dir")}
+        hub = {name: overrides.pop(name) for name in files.HUB_ARGUMENTS & set(overrides)}
         path = files.find(pretrained_model_name_or_path, CONFIG_NAME, **hub)
         try:
             values = json.loads(path.read_text(encoding="utf-8"))

@@ -133,6 +133,10 @@ def _failed(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(f"{path} could not be written ({error.strerror or error}); nothing there was changed. {fix}")
 
 
+HUB_ARGUMENTS = frozenset({"revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download"})
+"""What `find` passes on to huggingface_hub."""
+
+
 def find(source: str | Path, name: str, *, required: bool = True, **hub: Any) -> Path:
     """The file `name` of an adapter that lies in a folder or on the hub.
 
@@ -140,7 +144,7 @@ def find(source: str | Path, name: str, *, required: bool = True, **hub: Any) ->
         source: A folder or a hub id.
         name: File name.
         required: Whether its absence is an error; otherwise a path that does not exist is returned.
-        hub: `revision`, `subfolder`, `token`, `cache_dir` as in huggingface_hub.
+        hub: Any of `HUB_ARGUMENTS`, as in huggingface_hub.
 
     Raises:
         CheckpointError: It is in neither place.

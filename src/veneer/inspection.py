@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from veneer import files, units
-from veneer.checkpoint import WEIGHTS_NAME
+from veneer.checkpoint import PREFIX, WEIGHTS_NAME
 from veneer.config import CONFIG_NAME, PeftConfig
 from veneer.errors import CheckpointError, ConfigError
 from veneer.model_tree import ModelReport, inspect_model, ranges
@@ -85,7 +85,7 @@ class AdapterReport:
         for heading in ("shape", "type"):
             tensors.add_column(heading, no_wrap=True)
         for name, shape, dtype in fold_tensors(self.tensors):
-            tensors.add_row(Text(name), " x ".join(map(str, shape)) or "scalar", dtype)
+            tensors.add_row(Text(name.removeprefix(PREFIX)), " x ".join(map(str, shape)) or "scalar", dtype)
         return Group(facts, "", tensors)
 
     def _facts(self) -> dict[str, str]:
@@ -182,10 +182,14 @@ def _tensors(path: Path) -> list[TensorEntry]:
 
 
 def _settings(config: PeftConfig) -> dict[str, Any]:
-    """The fields that differ from the method's defaults, without those that only say where the adapter comes from."""
-    known = {entry.name for entry in dataclasses.fields(PeftConfig)}
+    """What the method was told, without what is empty or off as it is by default."""
     fresh = type(config)().to_dict()
-    return {name: value for name, value in config.to_dict().items() if name not in known and value != fresh[name]}
+    # Fields that the class does not explain are kept for `peft`'s files alone.
+    explained = set(
+        re.findall(r"^\s+(\w+):", "\n".join(cls.__doc__ or "" for cls in type(config).__mro__), re.MULTILINE)
+    )
+    own = explained - {entry.name for entry in dataclasses.fields(PeftConfig)}
+    return {name: value for name, value in config.to_dict().items() if name in own and (value or value != fresh[name])}
 
 
 def _mapping(path: Path) -> Mapping[str, Any]:

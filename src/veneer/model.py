@@ -15,7 +15,22 @@ from veneer import checkpoint
 from veneer.adapted import BASE, Adapted, Switch, adapters_of, wrappers
 from veneer.attach import attach, check_name, detach, set_trainable, switch_of, untie, unwrap
 from veneer.config import PeftConfig, TaskType, parse_method
-from veneer.errors import ConfigError, StateError, nearest
+from veneer.errors import ConfigError, StateError, UnsupportedError, nearest
+from veneer.files import HUB_ARGUMENTS
+
+# Arguments of `peft` that say where loaded tensors go, or how they are fetched from a disk.
+PLACEMENT = frozenset(
+    {
+        "device_map",
+        "ephemeral_gpu_offload",
+        "max_memory",
+        "offload_dir",
+        "offload_folder",
+        "offload_index",
+        "torch_device",
+        "use_safetensors",
+    }
+)
 
 
 class BaseModel(nn.Module):
@@ -375,6 +390,16 @@ class PeftModel(nn.Module):
             raise TypeError(f"save_pretrained() has no argument {sorted(unknown)[0]!r}.")
         if kwargs.get("safe_serialization") is False:
             raise ConfigError("Veneer writes safetensors only. Leave out safe_serialization=False.")
+        if kwargs.get("save_embedding_layers") is True:
+            raise ConfigError(
+                "save_embedding_layers=True: what an adapter trains is saved, and nothing else. Name the embeddings in "
+                "modules_to_save before training."
+            )
+        if kwargs.get("path_initial_model_for_weight_conversion") is not None:
+            raise ConfigError(
+                "path_initial_model_for_weight_conversion: starting values that change the base model are not in this "
+                "version. Leave it out."
+            )
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self._known(names)
         for name in names:
@@ -413,12 +438,14 @@ class PeftModel(nn.Module):
             check_base: Refuse a base model whose weights are not those that the adapter was trained on.
             allow_pickle: Read an `adapter_model.bin` too.
             low_cpu_mem_usage: Kept for `peft`; adapters are always filled without being initialised first.
-            hub: `revision`, `subfolder`, `token`, `cache_dir`.
+            hub: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, `force_download`. Those that place
+                tensors in `peft` (`torch_device`, `device_map`, ...) have no use: adapters lie where layers compute.
 
         Raises:
             CheckpointError: The files are missing, truncated, corrupted, or do not fit the model.
             BaseMismatchError: The adapter was trained on another base model.
         """
+        hub = _for_the_hub(hub)
         tensors, header = checkpoint.read(model_id, allow_pickle=allow_pickle, **hub)
         config = config or PeftConfig.from_pretrained(model_id, **hub)
         wanted = class_for(config) if cls is PeftModel else cls
@@ -444,6 +471,7 @@ class PeftModel(nn.Module):
     ) -> None:
         """Loads a saved adapter beside the present ones; arguments and errors as in `from_pretrained`."""
         self._unmerged("load an adapter")
+        hub = _for_the_hub(hub)
         tensors, header = checkpoint.read(model_id, allow_pickle=allow_pickle, **hub)
         config = config or PeftConfig.from_pretrained(model_id, **hub)
         self._add(adapter_name, config, start=False, autocast=autocast_adapter_dtype)
@@ -471,6 +499,17 @@ class PeftModel(nn.Module):
         for _, adapter in adapters_of(root, name):
             adapter.requires_grad_(trainable and name in self.switch.active)
             adapter.train(self.training)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
+        """Not in this version; it exists so that the base model's own is not called.
+
+        Raises:
+            UnsupportedError: Always.
+        """
+        raise UnsupportedError(
+            "push_to_hub is not in this version. Call save_pretrained(folder), then "
+            "huggingface_hub.upload_folder(repo_id=..., folder_path=folder)."
+        )
 
     # Counting
 
@@ -606,6 +645,18 @@ def load_peft_weights(model_id: str | Path, device: str | None = None, **hub: An
     """
     tensors, _ = checkpoint.read(model_id, **hub)
     return {key: tensor.to(device or "cpu") for key, tensor in tensors.items()}
+
+
+def _for_the_hub(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Further arguments of loading without those of `peft` that have no use here.
+
+    Raises:
+        TypeError: One is not known.
+    """
+    hub = {name: value for name, value in given.items() if name not in PLACEMENT}
+    for name in hub.keys() - HUB_ARGUMENTS:
+        raise TypeError(f"Adapters are loaded without an argument {name!r}.{nearest(name, HUB_ARGUMENTS)}")
+    return hub
 
 
 def _root(model: nn.Module) -> tuple[nn.Module, str]:

@@ -8,6 +8,7 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -174,13 +175,16 @@ def _config(name: str) -> "PretrainedConfig":
 
     from veneer import samples
 
+    found = samples.resolve_model(name)
     try:
-        return AutoConfig.from_pretrained(samples.resolve_model(name))
+        if not (Path(found).exists() or re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)):
+            raise OSError("there is no such folder")  # and it cannot be a hub id, so the network need not be asked
+        return AutoConfig.from_pretrained(found)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"{name!r} is neither an adapter's folder nor a model.{nearest(name, samples.SAMPLES)} "
-            f"A folder with a config.json, a hub id, or a sample's name was expected. transformers says: {reason}"
+            f"{name!r} is neither an adapter's folder nor a model ({reason}).{nearest(name, samples.SAMPLES)} "
+            "Expected a folder with a config.json, a hub id, or the name of a sample model."
         ) from error
 
 

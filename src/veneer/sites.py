@@ -248,7 +248,9 @@ class ParameterSite(Site):
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.name = name
-        self.leaf = name.rpartition(".")[2]  # of the parameter, where wrappers of others lie between
+        self.parameter = name  # by which the frozen module knows it; wrappers of others may lie between
+        while self.parameter.startswith("base_layer."):
+            self.parameter = self.parameter.removeprefix("base_layer.")
         super().__init__(module)
 
     def on(self, module: nn.Module) -> Site:

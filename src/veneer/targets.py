@@ -61,9 +61,8 @@ def match(
     """
     modules = dict(walk(root)) if modules is None else modules
     targets = resolve(root, config, modules)
-    chosen = [path for path in _choose(targets, modules, root, config) if not _excluded(path, config)]
-    if config.layers_to_transform is not None:
-        chosen = [path for path in chosen if _layer_of(path, config) in _layers(config)]
+    chosen = _in_layers(_choose(targets, modules, root, config), config)
+    chosen = [path for path in chosen if not _excluded(path, config)]
     if not chosen:
         raise TargetError(_nothing(targets, modules, config))
     if strict:
@@ -73,7 +72,9 @@ def match(
 
 
 def resolve(root: nn.Module, config: ModuleConfig, modules: Mapping[str, nn.Module]) -> Any:
-    """The targets in a form that a file can hold and `peft` can read: a list of names, an expression or `all-linear`.
+    """The targets in a form that a file can hold and `peft` can read: a list of names or an expression.
+
+    Words are spelled out: `peft` means more by `all-linear` than modules on models whose experts are bare parameters.
 
     Raises:
         TargetError: The method has no default on this model, a place is not found, or a function chooses nothing.
@@ -82,21 +83,24 @@ def resolve(root: nn.Module, config: ModuleConfig, modules: Mapping[str, nn.Modu
     if targets is None:
         targets = default_targets(config, root, modules)
     words = targets if isinstance(targets, list) else [targets]
-    if callable(targets) or any(is_shorthand(word) and word != ALL_LINEAR for word in words):
-        paths = list(_choose(targets, modules, root, config))
+    if callable(targets) or any(is_shorthand(word) for word in words):
+        paths = _in_layers(_choose(targets, modules, root, config), config)
         if not paths:
             raise TargetError(_nothing(targets, modules, config))
-        return exactly(paths, modules)
+        return exactly(paths, _in_layers(modules, config))
     return targets
 
 
 def exactly(paths: Sequence[str], modules: Iterable[str]) -> list[str] | str:
-    """Targets that match these paths and no others: their list, or an expression where another path ends like one.
+    """Targets that match these paths and no others: names, paths, or an expression where another path ends like one.
 
-    >>> exactly(["a.q"], ["a.q", "b.q"]), exactly(["q"], ["q", "b.q"])
-    (['a.q'], 'q')
+    >>> exactly(["a.q", "b.q"], ["a.q", "b.q", "b.k"]), exactly(["a.q"], ["a.q", "b.q"]), exactly(["q"], ["q", "b.q"])
+    (['q'], ['a.q'], 'q')
     """
     wanted = set(paths)
+    names = dict.fromkeys(path.rpartition(".")[2] for path in paths)
+    if all(path in wanted for path in modules if path.rpartition(".")[2] in names):
+        return list(names)
     clear = all(path in wanted or wanted.isdisjoint(_suffixes(path)) for path in modules)
     return list(paths) if clear else "|".join(re.escape(path) for path in paths)
 
@@ -166,12 +170,19 @@ def _excluded(path: str, config: ModuleConfig) -> bool:
     # A module that is trained whole, and all within it, takes no adapter.
     parts = path.split(".")
     above = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-    return any(_has_suffix(parent, name) for name in config.modules_to_save or () for parent in above)
+    return any(parent.endswith(name) for name in config.modules_to_save or () for parent in above)
 
 
 def _layers(config: ModuleConfig) -> list[int]:
     layers = config.layers_to_transform
     return [layers] if isinstance(layers, int) else layers or []
+
+
+def _in_layers(paths: Iterable[str], config: ModuleConfig) -> list[str]:
+    """The paths that `layers_to_transform` leaves."""
+    if config.layers_to_transform is None:
+        return list(paths)
+    return [path for path in paths if _layer_of(path, config) in _layers(config)]
 
 
 def _layer_of(path: str, config: ModuleConfig) -> int | None:

@@ -46,11 +46,23 @@ def plain(message: str) -> str:
     "--task: expected one of 'a', 'b'; got c."
     >>> plain('Parser key "seed":\n  Expected a <class \'int\'>. Got value: 1.5')
     '--seed: expected int; got 1.5.'
+    >>> plain(
+    ...     'Parser key "limit":\n Does not validate against any of the Union subtypes\n Subtypes: [int, NoneType]\n'
+    ...     ' Errors:\n - Expected a int\n - Expected a NoneType\n Given value type: str\n Given value: many'
+    ... )
+    '--limit: expected int or null; got many.'
     """
     message = " ".join(message.split())
-    message = re.sub(r'Parser key "([^"]*)":', r"--\1:", message)
+    message = re.sub(
+        r'Parser key "([^"]*)":', r"--\1:", message.replace('training: Parser key "', 'Parser key "training.')
+    )
     message = re.sub(r"<class '(\w+)'>", r"\1", message)
     message = re.sub(r"typing\.Literal\[([^]]*)\]", r"one of \1", message)
+    message = re.sub(
+        r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors: .* Given value: (.*)",
+        lambda match: f"expected {match[1].replace('NoneType', 'null').replace(', ', ' or ')}; got {match[2]}",
+        message,
+    )
     message = re.sub(r"Expected an? (.*)\. Got value: (.*)", r"expected \1; got \2", message)
     return message if message.endswith(".") else f"{message}."
 

@@ -219,5 +219,5 @@ def _elect(deltas: Tensor, sign: str) -> Tensor:
     """The mean, entry by entry, of the deltas that have the elected sign."""
     votes = deltas.sum(0) if sign == "total" else deltas.sign().sum(0)
     elected = torch.where(votes >= 0, 1.0, -1.0).to(deltas.dtype)
-    agrees = (deltas.sign() == elected) & (deltas != 0)
+    agrees = deltas.sign() == elected  # a zero agrees with neither sign
     return (deltas * agrees).sum(0) / agrees.sum(0).clamp_min(1)
