@@ -76,11 +76,11 @@ class State:
         self.adapters = dict(getattr(model, "peft_config", {}))
         self.active = getattr(model, "active_adapters", None)
 
-    def holds(self, model: nn.Module, *, trained: bool = True) -> None:
+    def holds(self, model: nn.Module) -> None:
         now = State(model)
         assert now.modules == self.modules
         assert same(now.tensors, self.tensors)
-        assert not trained or now.trained == self.trained
+        assert now.trained == self.trained
         assert now.adapters == self.adapters
         assert now.active == self.active
 
@@ -91,7 +91,7 @@ def fails_to_load(folder: Path | str, error: type[Exception], message: str, **ho
     before = State(plain)
     with pytest.raises(error, match=message):
         PeftModel.from_pretrained(plain, folder, **how)
-    before.holds(plain, trained=False)
+    before.holds(plain)
     adapted = trained("lora:r=2,target_modules=[q_proj]")
     before, x = State(adapted), tokens()
     expected = adapted(x).logits
@@ -375,7 +375,7 @@ def test_a_larger_model_of_the_family(saved: Path) -> None:
         PeftModel.from_pretrained(model, saved, check_base=False)
     with pytest.raises(CheckpointError, match=r"has shape|was trained on another base model"):
         PeftModel.from_pretrained(model, saved)
-    before.holds(model, trained=False)
+    before.holds(model)
 
 
 def test_embeddings_that_a_file_brings_along(broken: Path) -> None:
@@ -407,7 +407,7 @@ def test_another_base_of_the_same_shapes_is_refused(method: str, family: Any, tm
         r"Load the base that the adapter names .*check_base=False",
     ):
         PeftModel.from_pretrained(other, tmp_path)
-    before.holds(other, trained=False)
+    before.holds(other)
     loaded = PeftModel.from_pretrained(other, tmp_path, check_base=False)
     assert same(veneer.get_peft_model_state_dict(loaded), veneer.get_peft_model_state_dict(model))
 

@@ -101,7 +101,7 @@ def test_a_failed_add_leaves_the_model_as_it_was() -> None:
     assert torch.equal(logits(model, x), expected)
 
 
-@pytest.mark.parametrize("name", ["a.b", "", "keys", "_x"])
+@pytest.mark.parametrize("name", ["a.b", "", "keys", "_x", "/tmp/x"])
 def test_names_that_cannot_be_used(name: str) -> None:
     with pytest.raises(ConfigError, match="cannot name an adapter"):
         get_peft_model(llama(), "lora", adapter_name=name)
@@ -296,7 +296,15 @@ def test_a_merge_that_unties_embeddings_says_so_and_is_saved_whole(tmp_path: Pat
     torch.testing.assert_close(logits(again, x), expected, rtol=1e-5, atol=1e-5)
 
 
-# Modules whose weights are read without calling them
+# Modules whose weights are read without calling them, or computed
+
+
+def test_a_weight_that_is_computed_is_no_place() -> None:
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    with pytest.raises(TargetError, match="0 is a ParametrizedLinear, no layer with a weight"):
+        get_peft_model(nn.Sequential(normed), LoraConfig(target_modules=["0"]))
+    model = get_peft_model(nn.Sequential(normed, nn.Linear(4, 2)), "bitfit")
+    assert [wrapper.path for wrapper in wrappers(model)] == ["1"]
 
 
 def test_multihead_attention_is_refused_with_the_way_that_works() -> None:

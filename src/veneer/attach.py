@@ -92,10 +92,10 @@ def check_name(name: str, root: nn.Module) -> None:
     """
     if any(True for _ in adapters_of(root, name)):
         raise ConfigError(f"An adapter named {name!r} is already there. Delete it first, or choose another name.")
-    if not name or "." in name or name.startswith("_") or hasattr(nn.ModuleDict(), name):
+    if not name or set(name) & set("./\\") or name.startswith("_") or hasattr(nn.ModuleDict(), name):
         raise ConfigError(
-            f"{name!r} cannot name an adapter: a name may not be empty, contain a dot, start with an underscore, or be "
-            "a method of torch.nn.ModuleDict such as 'keys'."
+            f"{name!r} cannot name an adapter: it names modules and a folder, so it may not be empty, contain a "
+            "dot or a slash, start with an underscore, or be a method of torch.nn.ModuleDict such as 'keys'."
         )
 
 

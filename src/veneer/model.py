@@ -354,14 +354,19 @@ class PeftModel(nn.Module):
         return root
 
     def add_weighted_adapter(
-        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, **how: Any
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        **how: Any,
     ) -> None:
         """Adds a LoRA adapter that combines others; see `veneer.combine.weighted.combine`."""
         from veneer.combine.weighted import combine
 
         self._known(adapters)
         self._unmerged("combine adapters")
-        combine(self, adapters, weights, adapter_name, **how)
+        combine(self, adapters, weights, adapter_name, combination_type, **how)
 
     # Files
 
@@ -449,11 +454,14 @@ class PeftModel(nn.Module):
         tensors, header = checkpoint.read(model_id, allow_pickle=allow_pickle, **hub)
         config = config or PeftConfig.from_pretrained(model_id, **hub)
         wanted = class_for(config) if cls is PeftModel else cls
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         result = wanted(model, config, adapter_name, autocast_adapter_dtype, start=False)
         try:
             result._take(adapter_name, tensors, header, str(model_id), check_base, is_trainable)
         except Exception:
             result.unload()
+            for parameter in trained:
+                parameter.requires_grad_(True)
             raise
         return result if is_trainable else result.eval()
 

@@ -285,6 +285,8 @@ def site_of(module: nn.Module) -> Site | None:
     Raises:
         TargetError: The module looks like one, but its weight is kept in a way that no store understands.
     """
+    if module._parameters.get("weight") is None:  # computed anew for each call, as weight_norm does
+        return None
     if isinstance(module, nn.Linear):
         return LinearSite(module)
     if isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd):
@@ -300,9 +302,8 @@ def site_of(module: nn.Module) -> Site | None:
 
 def _is_norm(module: nn.Module) -> bool:
     # Model families bring RMSNorm classes of their own; all are named so and scale by one vector.
-    weight = module._parameters.get("weight")
     named_norm = type(module).__name__.endswith("Norm") or isinstance(module, _BatchNorm)
-    return named_norm and weight is not None and weight.dim() == 1
+    return named_norm and module.get_parameter("weight").dim() == 1
 
 
 def parameter_site(module: nn.Module, name: str) -> ParameterSite:

@@ -324,3 +324,29 @@ def test_a_start_that_peft_does_not_have_with_a_bias(tmp_path: Path) -> None:
     ours(family, settings(family, lora_bias=True, init_lora_weights="gaussian")).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="lora_bias=True is only supported with init_lora_weights=True or False"):
         load_there(family, tmp_path)
+
+
+def test_modules_trained_whole_are_kept_in_float32() -> None:
+    """As adapters are, in both libraries; peft keeps these in the type of the base model."""
+    family, key = FAMILIES["bert"], "base_model.model.classifier.weight"
+    here, there = (make(family, settings(family), torch.bfloat16) for make in (ours, theirs))
+    assert (tensors(here)[key].dtype, tensors(there)[key].dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_bare_parameters_come_without_default_modules() -> None:
+    family = FAMILIES["llama"]
+    values = settings(family, target_modules=None, target_parameters=["down_proj.weight"])
+    here, there = ours(family, values), theirs(family, values)
+    assert {key.split(".lora_")[0].rpartition(".")[2] for key in tensors(here)} == {"down_proj"}
+    assert {key.split(".lora_")[0].rpartition(".")[2] for key in tensors(there)} == {"down_proj", "q_proj", "v_proj"}
+
+
+def test_padding_tokens_train_nothing() -> None:
+    """The row of a padding token is never trained, so that it trains nothing either; peft's `up` learns from it."""
+    embedding = nn.Sequential(nn.Embedding(5, 4, padding_idx=0))
+    family = Family("embedding", lambda: copy.deepcopy(embedding), lambda: {"input": torch.tensor([[0, 0, 0]])}, ["0"])
+    gradients = []
+    for model in twins(family, settings(family)):
+        model(**family.inputs()).sum().backward()
+        gradients.append(sum(p.grad.abs().sum().item() for p in model.parameters() if p.grad is not None))
+    assert gradients[0] == 0 < gradients[1]
