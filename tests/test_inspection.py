@@ -153,7 +153,7 @@ def test_an_adapter_is_described(adapter: Path, bert: str) -> None:
     assert isinstance(report, AdapterReport)
     assert report.parameters == LAYERS * 2 * 4 * (WIDTH + WIDTH) + 2 * WIDTH + 2
     assert report.file_bytes == (adapter / "adapter_model.safetensors").stat().st_size
-    text = shown(report)
+    text = " ".join(shown(report).split())
     for words in ("LORA", bert[-20:], "r=4, lora_alpha=16", "reviews.csv (classification)", "accuracy 0.500 -> 0.810"):
         assert words in text
     assert "encoder.layer.0-2.attention.self.query.lora_A.weight" in text

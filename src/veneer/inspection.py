@@ -189,7 +189,10 @@ def _settings(config: PeftConfig) -> dict[str, Any]:
         re.findall(r"^\s+(\w+):", "\n".join(cls.__doc__ or "" for cls in type(config).__mro__), re.MULTILINE)
     )
     own = explained - {entry.name for entry in dataclasses.fields(PeftConfig)}
-    return {name: value for name, value in config.to_dict().items() if name in own and (value or value != fresh[name])}
+    values = config.to_dict()
+    if isinstance(targets := values.get("target_modules"), list):
+        values["target_modules"] = [name for name, *_ in fold_tensors([TensorEntry(path, (), "") for path in targets])]
+    return {name: value for name, value in values.items() if name in own and (value or value != fresh[name])}
 
 
 def _mapping(path: Path) -> Mapping[str, Any]:
