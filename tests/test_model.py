@@ -296,6 +296,17 @@ def test_a_merge_that_unties_embeddings_says_so_and_is_saved_whole(tmp_path: Pat
     torch.testing.assert_close(logits(again, x), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_resized_embeddings_that_are_not_saved_are_pointed_out(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    base = T.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(base, "lora").save_pretrained(tmp_path / "same")
+    resized = T.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    resized.resize_token_embeddings(53)
+    model = get_peft_model(resized, "lora")
+    with pytest.warns(VeneerWarning, match=r"has 53 embeddings, .*base has 50.*modules_to_save"):
+        model.save_pretrained(tmp_path / "adapter")
+
+
 # Modules whose weights are read without calling them, or computed
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
@@ -95,6 +96,7 @@ def save(root: nn.Module, name: str, config: PeftConfig, folder: Path, prefix: s
     """
     text = config.to_text()
     tensors = {key: tensor.contiguous().cpu() for key, tensor in adapter_tensors(root, name, prefix).items()}
+    _warn_if_resized(root, config)
     seen: set[int] = set()
     for key, tensor in tensors.items():  # tied copies share memory, which the format does not allow
         if tensor.data_ptr() in seen:
@@ -112,6 +114,28 @@ def save(root: nn.Module, name: str, config: PeftConfig, folder: Path, prefix: s
 
     # The configuration comes last: a folder with one is a folder with an adapter.
     files.write_together({folder / WEIGHTS_NAME: write, folder / CONFIG_NAME: lambda path: files.fill_text(path, text)})
+
+
+def _warn_if_resized(root: nn.Module, config: PeftConfig) -> None:
+    """Says so where the base has other embeddings than the one that the adapter names: they are in neither file."""
+    source = config.base_model_name_or_path
+    model_config: Any = getattr(root, "config", None)
+    if source is None or not hasattr(model_config, "get_text_config") or getattr(config, "modules_to_save", None):
+        return
+    path: Any = Path(source) / "config.json"
+    if not path.is_file():
+        path = try_to_load_from_cache(source, "config.json") if "/" in source and not Path(source).exists() else None
+    if not isinstance(path, str | Path):
+        return
+    named = type(model_config).from_pretrained(str(Path(path).parent)).get_text_config().vocab_size
+    now = model_config.get_text_config().vocab_size
+    if named != now:
+        warnings.warn(
+            f"The base model has {now} embeddings, {source} has {named}: the new ones are saved with neither. Resize "
+            "the base in the same way before loading, and name the embeddings in modules_to_save to train them.",
+            VeneerWarning,
+            stacklevel=4,
+        )
 
 
 def read(source: str | Path, *, allow_pickle: bool = False, **hub: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -61,14 +61,11 @@ TWEETS = (
     "Smooth boarding and such a friendly crew, thank you!",
     "Three hours on the runway, and not even water.",
 )
-_CLASSIFY = ("--task", "classification", "--model", "minilm")
-CLASSIFIERS = tuple(
-    DemoRun(name, (*_CLASSIFY, "--method", method, "--training.learning_rate", rate), REVIEWS)
-    for name, method, rate in (
-        ("lora", "lora:r=8,target_modules=[query,value]", "2e-3"),
-        ("bitfit", "bitfit", "4e-3"),
-        ("houlsby", "houlsby", "2e-3"),
-    )
+_CLASSIFY = ("--task", "classification", "--model", "minilm", "--method")
+CLASSIFIERS = (
+    DemoRun("lora", (*_CLASSIFY, "lora:r=8,target_modules=[query,value]"), REVIEWS),
+    DemoRun("bitfit", (*_CLASSIFY, "bitfit", "--training.learning_rate", "3e-3"), REVIEWS),
+    DemoRun("houlsby", (*_CLASSIFY, "houlsby"), REVIEWS),
 )
 CHAT = DemoRun(
     "tweets",
@@ -123,6 +120,7 @@ def _classify(run: DemoRun, place: Path, sizes: Sizes, console: Console) -> RunR
         "--data.validation_limit", str(sizes.held_out_reviews),
         "--data.max_length", "64",
         "--training.num_train_epochs", str(sizes.review_epochs),
+        "--training.per_device_train_batch_size", "8",
     )  # fmt: skip
     result = _train(run, data, place, console)
     from veneer.training.run import predictor
