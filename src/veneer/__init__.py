@@ -10,7 +10,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_CONFIG = ["PeftConfig", "TaskType", "parse_method", "register", "method_names"]
+_CONFIG = ["PeftConfig", "get_peft_config", "TaskType", "parse_method", "register", "method_names"]
 _MODEL = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PeftModel",

@@ -347,6 +347,11 @@ def config_class(peft_type: str, where: str = "") -> type[PeftConfig]:
     return _by_peft_type[peft_type]
 
 
+def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
+    """The configuration that the values of an `adapter_config.json` describe."""
+    return PeftConfig.from_dict(config_dict)
+
+
 def parse_method(spec: str | Mapping[str, Any] | PeftConfig) -> PeftConfig:
     """The configuration that a method string or mapping describes.
 

@@ -17,6 +17,7 @@ from veneer.attach import attach, check_name, detach, set_trainable, switch_of, 
 from veneer.config import PeftConfig, TaskType, parse_method
 from veneer.errors import ConfigError, StateError, UnsupportedError, nearest
 from veneer.files import HUB_ARGUMENTS
+from veneer.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 
 # Arguments of `peft` that say where loaded tensors go, or how they are fetched from a disk.
 PLACEMENT = frozenset(
@@ -525,6 +526,14 @@ class PeftModel(nn.Module):
         """Numbers of trainable parameters and of all parameters, each counted once."""
         parameters = list(self.parameters())
         return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """The state of every adapted module."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """The state of the whole model."""
+        return get_model_status(self)
 
     def print_trainable_parameters(self) -> None:
         """Prints what is trained, in the words of `peft`."""

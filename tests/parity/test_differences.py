@@ -350,3 +350,17 @@ def test_padding_tokens_train_nothing() -> None:
         model(**family.inputs()).sum().backward()
         gradients.append(sum(p.grad.abs().sum().item() for p in model.parameters() if p.grad is not None))
     assert gradients[0] == 0 < gradients[1]
+
+
+def test_embeddings_that_peft_saves_whole_are_taken_over(tmp_path: Path) -> None:
+    """As after a resize there; they are the base model's own, so it is said where they differ from it."""
+    family = FAMILIES["llama"]
+    there = theirs(family, settings(family))
+    there.save_pretrained(str(tmp_path), save_embedding_layers=True)
+    x = family.inputs()
+    torch.testing.assert_close(output(veneer.PeftModel.from_pretrained(family.model(), tmp_path), x), output(there, x))
+    other = family.model()
+    nn.init.zeros_(other.get_input_embeddings().weight)
+    with pytest.warns(VeneerWarning, match=r"brings its own model\.embed_tokens\.weight; it replaced"):
+        loaded = veneer.PeftModel.from_pretrained(other, tmp_path)
+    torch.testing.assert_close(output(loaded, x), output(there, x), **TIGHT)
