@@ -554,6 +554,7 @@ def test_a_demo_run_that_fails_stops_the_demo(
 
 
 @pytest.mark.real
+@pytest.mark.timeout(1800)  # four runs of real models
 def test_the_demo_ends_in_a_table_and_a_report(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--output", str(tmp_path / "demo"), "--quick"]) == 0
     said = capfd.readouterr().out

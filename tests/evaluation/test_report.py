@@ -127,7 +127,7 @@ def test_each_task_has_a_section_and_its_figures(page: Page) -> None:
     # Curves and the parameter figure for two compared methods, curves alone for the single one.
     assert [tag for tag, _ in page.tags].count("svg") == 3
     assert "Held-out accuracy after training" in page.text
-    assert page.text.count("Loss (solid: training, dashed: held out)") == 2
+    assert page.text.count("Loss (solid: training, smoothed; dashed: held out)") == 2
 
 
 def test_nothing_is_fetched_from_elsewhere(page: Page, tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ class Sizes:
     reviews: int = 2000
     held_out_reviews: int = 1000
     review_epochs: int = 2
-    tweets: int = 200
+    tweets: int = 160
     held_out_tweets: int = 100
 
 

@@ -87,9 +87,9 @@ def learning_curves(
         loss_axes = figure.add_subplot(1, 2 if scored else 1, 1)
         for curve in curves:
             colour = palette[curve.label]
-            _line(loss_axes, curve.loss, colour, alpha=0.55, linewidth=1.2)
+            _line(loss_axes, _smoothed(curve.loss), colour, alpha=0.6, linewidth=1.2)
             _line(loss_axes, curve.held_out_loss, colour, linestyle="--", marker="o", markersize=4)
-        loss_axes.set(title="Loss (solid: training, dashed: held out)", xlabel="epoch")
+        loss_axes.set(title="Loss (solid: training, smoothed; dashed: held out)", xlabel="epoch")
         loss_axes.locator_params("x", integer=True)
         if scored:
             axes = figure.add_subplot(1, 2, 2)
@@ -141,6 +141,17 @@ def _figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Each loss as the mean of its neighbourhood, a tenth of the curve wide: single batches are mostly noise.
+
+    >>> _smoothed([(1.0, 2.0), (2.0, 4.0)])
+    [(1.0, 2.0), (2.0, 4.0)]
+    """
+    reach = len(points) // 20
+    near = [[y for _, y in points[max(0, i - reach) : i + reach + 1]] for i in range(len(points))]
+    return [(x, sum(losses) / len(losses)) for (x, _), losses in zip(points, near, strict=True)]
 
 
 def _short_count(value: float) -> str:

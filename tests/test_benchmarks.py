@@ -1,0 +1,125 @@
+"""The benchmarks' harness, records and page. How fast anything is, is never asserted: that is for `make bench`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # benchmarks are run from the checkout and are not installed
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks import __main__ as command  # noqa: E402
+from benchmarks import harness, pages, records  # noqa: E402
+from benchmarks.harness import Job, Row, Spread, Times  # noqa: E402
+
+ROWS = [
+    Row("loading", "peft", Spread.of([2.0, 3.0, 4.0]), target=10, seconds={"Veneer": 0.012345}),
+    Row("starting", "torch", Spread.of([0.1]), "s more", 0.2, True, memory={"Veneer": 2e6}, score={"Veneer": "0.8"}),
+]
+
+
+def test_jobs_run_in_turns_and_only_after_a_warm_up_are_timed() -> None:
+    order: list[str] = []
+    jobs = {
+        "a": Job(lambda: order.append("a") or "result", lambda result: order.append(f"after {result}")),
+        "b": lambda: order.append("b"),
+    }
+    times = harness.in_turns(jobs, pairs=2, warm_up=1)
+    assert order == ["a", "after result", "b"] * 3
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2}
+
+
+def test_ratios_are_those_of_pairs() -> None:
+    times = Times(ours=[1.0, 2.0, 4.0], theirs=[10.0, 10.0, 80.0])
+    assert times.ratio("theirs", "ours") == Spread(10.0, 5.0, 20.0, 3)
+    assert times.difference("theirs", "ours") == Spread(9.0, 8.0, 76.0, 3)
+    assert times.seconds(Veneer="ours") == {"Veneer": 2.0}
+
+
+def test_a_row_says_whether_its_target_is_reached() -> None:
+    slow, quick = ROWS
+    assert (slow.reached, quick.reached) == (False, True)
+    assert Row("anything", "peft", Spread.of([1.0])).reached is None
+
+
+def test_a_process_of_its_own_gives_result_and_peak_memory() -> None:
+    done = harness.apart("records", "commit")
+    assert isinstance(done.value, str)
+    assert 1e6 < done.memory < 1e9
+    assert harness.peak_memory() > 1e6
+    with pytest.raises(RuntimeError, match=r"records\.nothing"):
+        harness.apart("records", "nothing")
+
+
+def test_the_variables_of_such_a_process_can_be_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
+    changed = {"MALLOC_TRIM_THRESHOLD_": None, "MALLOC_MMAP_THRESHOLD_": "5"}
+    assert harness.apart("records", "allocator", variables=changed).value == {"MALLOC_MMAP_THRESHOLD_": "5"}
+
+
+def test_the_last_record_is_read_back(tmp_path: Path) -> None:
+    assert records.latest("trial", tmp_path) is None
+    for rows in (ROWS[:1], ROWS):
+        records.append(records.record("trial", rows, 0.5), tmp_path)
+    entry = records.latest("trial", tmp_path)
+    assert entry is not None
+    assert [row.what for row in entry.rows] == ["loading", "starting"]
+    assert entry.rows[1] == ROWS[1]
+    assert entry.rows[0].seconds == {"Veneer": 0.01235}
+    assert entry.machine["load"] == 0.5
+    assert str(ROOT) not in (tmp_path / "trial.jsonl").read_text(encoding="utf-8")
+
+
+def test_a_table_is_drawn_between_its_markers(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- trial -->\nold\n<!-- end of trial -->\nafter\n", encoding="utf-8")
+    entry = records.record("trial", ROWS, None)
+    assert pages.redraw({"trial": entry, "other": entry}, page) == ["other"]
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("before\n<!-- trial -->\n| what |")
+    assert text.endswith("<!-- end of trial -->\nafter\n")
+    assert "| loading | peft | **3.00** times as fast | 2.00 to 4.00 | 3 | 10: not reached |" in text
+    assert "| **0.100** s more |" in text
+    assert "| at most 0.2: reached | Veneer 2 MB | Veneer 0.8 |" in text
+
+
+def test_a_plot_is_the_same_for_the_same_figures(tmp_path: Path) -> None:
+    for name in ("one.svg", "two.svg"):
+        series = {"Veneer": [(12.0, 1.0), (24.0, 2.0)], "peft": [(12.0, 3.0), (24.0, 9.0)]}
+        pages.lines_plot(tmp_path / name, series, "layers", "ms", "Loading")
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+
+
+def test_every_benchmark_asks_a_question_and_the_page_answers_it() -> None:
+    page = pages.PAGE.read_text(encoding="utf-8")
+    modules = command.found()
+    assert list(modules)[:2] == ["imports", "loading"]
+    for name, module in modules.items():
+        assert module.QUESTION.endswith("?")
+        assert callable(module.run)
+        assert f"<!-- {name} -->" in page
+        entry = records.latest(name)
+        if entry is not None:
+            assert pages.table(entry) in page
+
+
+def test_an_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["lodaing"])
+    assert "no benchmark 'lodaing'; there are imports" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")  # of the peer
+def test_a_benchmark_runs_and_a_trial_records_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "QUIET", {})  # the environment of the other tests stays as it is
+    before = sorted(records.RESULTS.iterdir())
+    sizes = [path.stat().st_size for path in before]
+    assert command.main(["--quick", "switching"]) == 0
+    assert "2 layers, 14 places, against peft:" in capsys.readouterr().out
+    assert sorted(records.RESULTS.iterdir()) == before
+    assert [path.stat().st_size for path in before] == sizes
