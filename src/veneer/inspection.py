@@ -93,7 +93,7 @@ class AdapterReport:
         facts = {
             "adapter": self.folder,
             "method": str(self.config.peft_type),
-            "base model": str(self.config.base_model_name_or_path),
+            "base model": str((self.run.get("model") or {}).get("name") or self.config.base_model_name_or_path),
             "settings": ", ".join(f"{name}={value}" for name, value in _settings(self.config).items()) or "defaults",
             "parameters": count,
             "file": units.size(self.file_bytes),

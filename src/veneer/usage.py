@@ -64,7 +64,7 @@ def plain(message: str) -> str:
         message,
     )
     message = re.sub(r"Expected an? (.*)\. Got value: (.*)", r"expected \1; got \2", message)
-    return message if message.endswith(".") else f"{message}."
+    return message if message.endswith((".", "?")) else f"{message}."
 
 
 def _known(parser: ArgumentParser) -> list[str]:
