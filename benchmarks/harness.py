@@ -182,7 +182,9 @@ def apart(module: str, function: str, /, *, variables: Mapping[str, str | None] 
         command = [sys.executable, "-m", "benchmarks.child", str(answer), module, function, json.dumps(named)]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            raise RuntimeError(f"{module}.{function}({named}) failed:\n{done.stderr[-3000:]}")
+            raise RuntimeError(
+                f"{module}.{function}({named}) ended with status {done.returncode}:\n{done.stderr[-3000:]}"
+            )
         return Apart(**json.loads(answer.read_text(encoding="utf-8")))
 
 

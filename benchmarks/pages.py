@@ -69,9 +69,10 @@ def _origin(record: Record) -> Iterator[str]:
     accelerator = machine["accelerator"] or "no accelerator"
     thresholds = "raised" if any(name.startswith("MALLOC") for name in settings) else "glibc's own"
     packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft"))
-    yield f"`{record.command}`, {record.date} UTC, commit {record.commit}; {machine['processor']}, {machine['cores']} "
-    yield f"cores, {machine['vector']}, {machine['memory_gb']} GB, {accelerator}{load}; {_count(settings['threads'])}, "
-    yield f"{settings['clock']} time, allocator thresholds {thresholds}; Python {versions['python']}, {packages}."
+    yield f"`{record.command}`, {record.date} UTC, commit {record.commit}; {machine['processor']},"
+    yield f"{machine['cores']} cores, {machine['vector']}, {machine['memory_gb']} GB, {accelerator}{load};"
+    yield f"{_count(settings['threads'])}, {settings['clock']} time, allocator thresholds {thresholds}; Python"
+    yield f"{versions['python']}, {packages}."
 
 
 def _count(threads: int) -> str:
