@@ -6,7 +6,7 @@ layers. Merging never touches the frozen layer: the merged one is another module
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ class Switch:
         rows: In a mixed batch, the adapter of each row; otherwise none.
         copies: In a mixed batch, how many rows generation may make of each (beams, returned sequences).
         merged: Names of the adapters that are merged into the layers.
+        inputs: What the model was called with, while an adapter is loaded that looks at it.
     """
 
     active: tuple[str, ...] = ()
@@ -38,6 +39,7 @@ class Switch:
     rows: tuple[str, ...] | None = None
     copies: int = 1
     merged: tuple[str, ...] = ()
+    inputs: Mapping[str, Any] | None = None
 
 
 class Adapted(nn.Module):
@@ -85,7 +87,9 @@ class Adapted(nn.Module):
             return self.base_layer(*args, **kwargs)
         return self._run([name for name in switch.active if name in self.adapters], args, kwargs)
 
-    def _run(self, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(
+        self, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any], members: Tensor | None = None
+    ) -> Any:
         if not names:
             return self.frozen_layer(*args, **kwargs)
         if args:
@@ -95,7 +99,10 @@ class Adapted(nn.Module):
             x, rest = kwargs[first], []
             kwargs = {k: v for k, v in kwargs.items() if k != first}
         stack = [self.adapters[name] for name in names]
-        base = Base(self.frozen_layer, self.site, stack, tuple(rest), kwargs)  # type: ignore[arg-type]
+        inputs = self.switch.inputs
+        if inputs is not None and members is not None:  # those rows of the model's inputs that run here
+            inputs = {k: v[members.to(v.device)] if isinstance(v, Tensor) and v.dim() else v for k, v in inputs.items()}
+        base = Base(self.frozen_layer, self.site, stack, tuple(rest), kwargs, inputs)  # type: ignore[arg-type]
         y = base(x)
         return y if base.rest is None else (y, *base.rest)
 
@@ -116,10 +123,10 @@ class Adapted(nn.Module):
         per_row = self._inputs_per_row(x, len(rows))
         y = None
         for name, members in groups.items():
-            index = torch.tensor(members, device=x.device)
+            rows_here = index = torch.tensor(members, device=x.device)
             if per_row > 1:
                 index = (index[:, None] * per_row + torch.arange(per_row, device=x.device)).flatten()
-            part = self._run([] if name == BASE else [name], (x.index_select(0, index),), kwargs)
+            part = self._run([] if name == BASE else [name], (x.index_select(0, index),), kwargs, rows_here)
             if y is None:
                 y = part.new_empty(x.shape[0], *part.shape[1:])
             y = y.index_copy(0, index, part.to(y.dtype))

@@ -11,7 +11,7 @@ to the same values, and the contract tests hold it to the definition.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from veneer.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from veneer.config import PeftConfig
     from veneer.sites import Site
 
 WEIGHT_KINDS = frozenset({"linear", "conv", "embedding", "parameter"})
@@ -37,6 +36,7 @@ class Base:
         below: Adapters between the layer and the caller, lowest first.
         args: Further positional arguments of the layer's call.
         kwargs: Keyword arguments of the layer's call.
+        inputs: What the whole model was called with, for adapters that say `reads_inputs`.
     """
 
     def __init__(
@@ -46,19 +46,25 @@ class Base:
         below: Sequence[Adapter] = (),
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
+        inputs: Mapping[str, Any] | None = None,
     ) -> None:
         self.layer = layer
         self.site = site
         self.below = below
         self.args = args
         self.kwargs = kwargs or {}
+        self.inputs = inputs or {}
         self.rest: tuple[Any, ...] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.below:
-            under = Base(self.layer, self.site, self.below[:-1], self.args, self.kwargs)
-            y = self.below[-1](x, under)
+            under = Base(self.layer, self.site, self.below[:-1], self.args, self.kwargs, self.inputs)
+            adapter = self.below[-1]
+            y = adapter(x, under)
             self.rest = under.rest
+            if adapter.bias_delta is not None:
+                assert self.site is not None
+                y = self.site.add_bias(y, adapter.bias_delta)
             return y
         y = self.layer(x, *self.args, **self.kwargs)
         if isinstance(y, tuple):  # attention modules and whole blocks return (hidden states, ...)
@@ -78,7 +84,7 @@ class Base:
         assert self.site is not None
         bias = self.site.bias()
         for adapter in self._weight_adapters():
-            bias = adapter.adapt_bias(bias)
+            bias = adapter.adapted_bias(bias)
         return bias
 
     def _weight_adapters(self) -> list[WeightAdapter]:
@@ -93,8 +99,38 @@ class Base:
         return adapters
 
 
+class Shared(nn.Module):
+    """What all places of one adapter have in common: random projections, a bank of vectors, a rule.
+
+    Built once for each adapter, from all of its places, and saved once.
+
+    Args:
+        sites: The frozen layers as matrices, by the path of their module.
+        config: The method's configuration.
+    """
+
+    optional: ClassVar[frozenset[str]] = frozenset()
+    """As in `Adapter`."""
+
+    def __init__(self, sites: Mapping[str, Site], config: Any) -> None:
+        super().__init__()
+
+    def reset(self) -> None:
+        """Writes starting values; called before the adapters' own `reset`."""
+
+    def to_file(self) -> dict[str, Tensor]:
+        """Tensors as an adapter file names them, after `base_model.`. `from_file` is the inverse."""
+        return dict(self.named_parameters())
+
+    def from_file(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            put(self, name, tensor)
+
+
 class Adapter(nn.Module):
     """One method on one place.
+
+    What is trained is a parameter; what belongs to the adapter and stays as it is, is a buffer.
 
     Args:
         site: The frozen layer as a matrix; none where the method attaches to any module.
@@ -104,15 +140,50 @@ class Adapter(nn.Module):
     kinds: ClassVar[frozenset[str]] = frozenset()
     """Kinds of sites that the method makes sense on; empty for methods that attach to any module."""
 
-    def __init__(self, site: Site | None, config: PeftConfig) -> None:
+    shares: ClassVar[type[Shared] | None] = None
+    """What the adapters of one name have in common; each finds it as `self.shared`."""
+
+    optional: ClassVar[frozenset[str]] = frozenset()
+    """Names of tensors that a file may have and may lack: `from_file` makes what is not given."""
+
+    starts_as_base: ClassVar[bool] = True
+    """Whether the model with a new adapter computes what the base model does."""
+
+    reads_inputs: ClassVar[bool] = False
+    """Whether `forward` looks at what the whole model was called with (`base.inputs`)."""
+
+    own_inputs: ClassVar[frozenset[str]] = frozenset()
+    """Those arguments of the model's call that are meant for the adapters alone, such as `task_ids`."""
+
+    def __init__(self, site: Site | None, config: Any) -> None:
         super().__init__()
         self.site = site
+        self.bias_delta: nn.Parameter | None = None
+
+    def join(self, shared: Shared, path: str) -> None:
+        """Takes what is shared, before `reset`; `path` is that of the adapter's module."""
+        self.shared = shared
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         raise NotImplementedError
 
     def reset(self) -> None:
         """Writes the starting values that the configuration asks for. Loading skips this."""
+
+    @classmethod
+    def penalty(cls, adapters: Sequence[Self], config: Any) -> Tensor | None:
+        """A term that is added to the model's loss in training; none where the method has none."""
+        return None
+
+    @classmethod
+    def allocate(cls, adapters: Mapping[str, Self], config: Any, step: int) -> None:
+        """Called in every training step after the optimiser's and before gradients are cleared.
+
+        Args:
+            adapters: All adapters of one name, by the path of their module.
+            config: Their configuration.
+            step: The step, from 0.
+        """
 
     def merge_into(self, layer: nn.Module) -> nn.Module:
         """A layer that alone does what `layer` with this adapter does. `layer` itself is not changed.
@@ -127,7 +198,8 @@ class Adapter(nn.Module):
 
     def to_file(self) -> dict[str, Tensor]:
         """Tensors as an adapter file names and shapes them. `from_file` is the inverse."""
-        return dict(self.named_parameters())
+        named = self.named_parameters()
+        return {name: tensor for name, tensor in named if not name.startswith("shared.") and name != "bias_delta"}
 
     def from_file(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes the tensors over; names and shapes have been checked against `to_file` before."""
@@ -135,18 +207,30 @@ class Adapter(nn.Module):
             self.put(name, tensor)
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Fills one parameter, replacing it where it was created without memory."""
-        owner, _, leaf = name.rpartition(".")
-        old = self.get_submodule(owner)._parameters[leaf]
-        assert old is not None
-        if old.is_meta:
-            device = tensor.device if self.site is None else self.site.device
-            tensor = tensor.to(device, old.dtype, copy=True)  # not the caller's memory, which may be another adapter's
-            parameter = nn.Parameter(tensor, requires_grad=old.requires_grad)
-            self.get_submodule(owner)._parameters[leaf] = parameter
-        else:
-            with torch.no_grad():
-                old.copy_(tensor)
+        """Fills one parameter or buffer, replacing it where it was created without memory."""
+        put(self, name, tensor, None if self.site is None else self.site.device)
+
+
+def put(module: nn.Module, name: str, tensor: Tensor, device: torch.device | None = None) -> None:
+    """Fills one parameter or buffer of a module.
+
+    Args:
+        module: The module.
+        name: Path of the tensor in it.
+        tensor: The values.
+        device: Where a tensor that was created without memory is to lie; where `tensor` lies if none.
+    """
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    table: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
+    old: Tensor = table[leaf]
+    if not old.is_meta and old.shape == tensor.shape:
+        with torch.no_grad():
+            old.copy_(tensor)
+        return
+    # A copy: not the caller's memory, which may be another adapter's.
+    made = tensor.detach().to(old.device if device is None and not old.is_meta else device, old.dtype, copy=True)
+    table[leaf] = nn.Parameter(made, requires_grad=old.requires_grad) if table is owner._parameters else made
 
 
 class WeightAdapter(Adapter):
@@ -155,7 +239,7 @@ class WeightAdapter(Adapter):
     kinds = WEIGHT_KINDS
     site: Site
 
-    def __init__(self, site: Site, config: PeftConfig) -> None:
+    def __init__(self, site: Site, config: Any) -> None:
         super().__init__(site, config)
 
     def adapt(self, weight: Tensor) -> Tensor:
@@ -165,6 +249,11 @@ class WeightAdapter(Adapter):
     def adapt_bias(self, bias: Tensor | None) -> Tensor | None:
         """The adapted bias, `(out,)`, or none for none. The other half of the definition."""
         return bias
+
+    def adapted_bias(self, bias: Tensor | None) -> Tensor | None:
+        """`adapt_bias`, and the delta on it that configurations with `bias="all"` train beside the method."""
+        bias = self.adapt_bias(bias)
+        return bias if self.bias_delta is None or bias is None else bias + self.bias_delta
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         return self.site.apply(x, self.adapt(base.weight()), self.adapt_bias(base.bias()), base.args, base.kwargs)
@@ -176,5 +265,14 @@ class WeightAdapter(Adapter):
         # Low-precision weights are adapted in float32 and rounded once, when they are written.
         wide = torch.promote_types(weight.dtype, torch.float32)
         adapted = self.adapt(weight.to(wide))
-        adapted_bias = self.adapt_bias(None if bias is None else bias.to(wide))
-        return site.write(adapted, adapted_bias)
+        return site.write(adapted, self.adapted_bias(None if bias is None else bias.to(wide)))
+
+
+class BiasOnly(WeightAdapter):
+    """Carries the `bias_delta` of a layer that the method itself leaves alone."""
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        return base(x)
+
+    def to_file(self) -> dict[str, Tensor]:
+        return {}

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from veneer.adapted import Adapted, Switch, adapters_of, wrappers
-from veneer.adapter import Adapter
+from veneer.adapter import Adapter, BiasOnly, Shared
 from veneer.config import ModuleConfig, PeftConfig
 from veneer.errors import ConfigError, StateError, TargetError, UnsupportedError, VeneerWarning, nearest
 from veneer.sites import ParameterSite, Site, parameter_site, site_of
-from veneer.targets import match, resolve, walk
+from veneer.targets import frozen, match, resolve, walk
 from veneer.trained_copy import TrainedCopy, tied_modules, warn_if_tied
 
 Place = tuple[str, str | None]
@@ -53,6 +53,7 @@ def attach(
     check_name(name, root)
     if not isinstance(config, ModuleConfig) or config.adapter is None:
         raise ConfigError(f"{type(config).__name__} describes no method that attaches to modules.")
+    method: type[Adapter] = config.method()
     below = dict(walk(root))
     modules = {"": root, **below}
     places: list[Place] = []
@@ -64,20 +65,27 @@ def attach(
     if getattr(config, "ensure_weight_tying", False):
         _refuse_tied(below, places)
     if start:
-        for said in config.unused([path if leaf is None else f"{path}.{leaf}" for path, leaf in places]):
+        for said in config.unused([_path(place) for place in places]):
             warnings.warn(f"{type(root).__name__}: {said}", VeneerWarning, stacklevel=4)
     with torch.device("cpu" if start else "meta"):
         planned: list[tuple[Place, Adapter]] = [(place, _build(modules, place, config)) for place in places]
+        shared = _share(method, planned, config)
+    more = _biases(below, config, dict(planned), start)
+    for (path, _), adapter in [*planned, *more]:
+        _fit(adapter, modules[path], autocast)
     if start:
+        if shared is not None:
+            shared.reset()
         for _, adapter in planned:
             adapter.reset()
     copies = _copies(below, config, optional_copies)
-    for place, adapter in [*planned, *(((path, None), copy) for path, copy in copies.items())]:
+    for path, copy in copies.items():
+        _fit(copy, modules[path], autocast)
+    for place, adapter in [*planned, *more, *(((path, None), copy) for path, copy in copies.items())]:
         wrapper = _wrapper_at(modules, place, switch, adapter.site)
         if adapter.site is not None:
             # Adapters of one place share its view; that of a bare parameter reaches through the wrappers of others.
             adapter.site = wrapper.site
-        _fit(adapter, wrapper, autocast)
         wrapper.adapters[name] = adapter
     if getattr(config, "ensure_weight_tying", False):
         _tie(modules, copies)
@@ -132,7 +140,7 @@ def _build(modules: Mapping[str, nn.Module], place: Place, config: ModuleConfig)
     path, parameter = place
     module, parent = modules[path], modules[path.rpartition(".")[0]]
     site: Site | None = site_of(module) if parameter is None else parameter_site(module, parameter)
-    cls: type[Adapter] = config.adapter
+    cls: type[Adapter] = config.method()
     if cls.kinds and (site is None or site.kind not in cls.kinds):
         what = f"a {site.kind} layer" if site is not None else "no layer with a weight that is known"
         raise TargetError(
@@ -152,22 +160,77 @@ def _build(modules: Mapping[str, nn.Module], place: Place, config: ModuleConfig)
     if isinstance(parent, nn.TransformerEncoderLayer):
         # Its fused inference kernel reads the weights of its layers without calling them.
         torch.backends.mha.set_fastpath_enabled(False)
-    return cls(site, config.at(path if parameter is None else f"{path}.{parameter}"))
+    return cls(site, config.at(_path(place)))
 
 
-def _fit(adapter: Adapter, wrapper: Adapted, autocast: bool) -> None:
+def _path(place: Place) -> str:
+    path, parameter = place
+    return path if parameter is None else f"{path}.{parameter}"
+
+
+def _share(method: type[Adapter], planned: Iterable[tuple[Place, Adapter]], config: ModuleConfig) -> Shared | None:
+    """Gives the new adapters what they have in common."""
+    if method.shares is None:
+        return None
+    paths = {_path(place): adapter for place, adapter in planned}
+    shared = method.shares({path: adapter.site for path, adapter in paths.items() if adapter.site is not None}, config)
+    for path, adapter in paths.items():
+        adapter.join(shared, path)
+    return shared
+
+
+def _biases(
+    modules: Mapping[str, nn.Module], config: ModuleConfig, planned: Mapping[Place, Adapter], start: bool
+) -> list[tuple[Place, Adapter]]:
+    """Lets biases be trained beside the method: those of adapted layers, with `bias="all"` of all others too.
+
+    Returns:
+        Adapters for the layers that have none yet.
+
+    Raises:
+        UnsupportedError: A bias cannot be adapted.
+    """
+    wanted = getattr(config, "bias", "none")
+    if wanted == "none":
+        return []
+    more: list[tuple[Place, Adapter]] = []
+    for path, module in modules.items():
+        bias = frozen(module)._parameters.get("bias")
+        if bias is None:
+            continue
+        adapter = planned.get((path, None))
+        if adapter is None and wanted == "all":
+            site = site_of(module)
+            if site is None:
+                raise UnsupportedError(
+                    f'bias="all": the bias of {path} ({type(module).__name__}) cannot be adapted. Train those of the '
+                    f"adapted layers only, or name {path} in modules_to_save."
+                )
+            adapter = BiasOnly(site, config)
+            more.append(((path, None), adapter))
+        if adapter is not None:
+            adapter.bias_delta = nn.Parameter(torch.zeros(bias.shape, device=None if start else "meta"))
+    return more
+
+
+def _fit(adapter: Adapter, module: nn.Module, autocast: bool) -> None:
     """Moves the adapter to where its layer computes, in the layer's type or float32."""
-    site = adapter.site if adapter.site is not None else wrapper.site
-    like = next(wrapper.base_layer.parameters(), None) if site is None else None
+    site = adapter.site if adapter.site is not None else module.site if isinstance(module, Adapted) else site_of(module)
+    like = next(module.parameters(), None) if site is None else None
     dtype = site.dtype if site is not None else like.dtype if like is not None else torch.get_default_dtype()
     if (autocast and dtype in (torch.float16, torch.bfloat16)) or not dtype.is_floating_point:
         dtype = torch.float32
     device = site.device if site is not None else like.device if like is not None else None
-    parameters = list(adapter.parameters())
-    if device is None or device.type == "meta" or any(p.is_meta for p in parameters):
-        device = None  # filled later, where the layer is
-    if any(p.dtype != dtype or (device is not None and p.device != device) for p in parameters):
-        adapter.to(device=device, dtype=dtype)
+    if device is not None and device.type == "meta":
+        device = None
+
+    def fit(tensor: Tensor) -> Tensor:
+        wanted = dtype if tensor.is_floating_point() else tensor.dtype
+        return tensor.to(None if tensor.is_meta else device, wanted)  # without memory: filled later, where the layer is
+
+    tensors = [*adapter.parameters(), *adapter.buffers()]
+    if any(fit(tensor) is not tensor for tensor in tensors):
+        adapter._apply(fit)
 
 
 def _wrapper_at(modules: Mapping[str, nn.Module], place: Place, switch: Switch, site: Site | None) -> Adapted:

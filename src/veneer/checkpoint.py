@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from veneer import files
 from veneer.adapted import Adapted, adapters_of
-from veneer.adapter import Adapter
+from veneer.adapter import Adapter, BiasOnly, Shared
 from veneer.config import CONFIG_NAME, PeftConfig
 from veneer.errors import BaseMismatchError, CheckpointError, VeneerWarning, nearest
 from veneer.sites import ParameterSite
@@ -39,11 +39,19 @@ HEADER = "veneer"
 
 def adapter_tensors(root: nn.Module, name: str, prefix: str = PREFIX) -> dict[str, Tensor]:
     """The named adapter's tensors under their names in a file."""
-    return {
+    tensors = {
         f"{prefix}{key}.{tensor_name}": tensor.detach()
         for key, adapter in _keyed(root, name)
         for tensor_name, tensor in adapter.to_file().items()
     }
+    for key, adapter in _with_bias(root, name):
+        assert adapter.bias_delta is not None
+        tensors[prefix + key] = (_base_bias(adapter) + adapter.bias_delta).detach()
+        tensors[f"{prefix}{key}_delta"] = adapter.bias_delta.detach()  # ours: the sum has lost its last bits
+    shared = _shared(root, name)
+    if shared is not None:
+        tensors |= {_above(prefix) + key: tensor.detach() for key, tensor in shared.to_file().items()}
+    return tensors
 
 
 def fill(
@@ -56,10 +64,18 @@ def fill(
     """
     adapters = [(key, adapter, list(adapter.to_file().items())) for key, adapter in _keyed(root, name)]
     expected = {f"{key}.{own}": tensor.shape for key, _, tensors in adapters for own, tensor in tensors}
+    optional = {f"{key}.{own}" for key, adapter, _ in adapters for own in adapter.optional}
+    biases = dict(_with_bias(root, name))
+    expected |= {key: _base_bias(adapter).shape for key, adapter in biases.items()}
+    optional |= {f"{key}_delta" for key in biases}
     given = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
-    extra = set(given) - set(expected)
+    shared, above = _shared(root, name), _above(prefix)
+    if shared is not None:
+        expected |= {above + key: tensor.shape for key, tensor in shared.to_file().items()}
+        optional |= {above + key for key in shared.optional}
+    extra = set(given) - set(expected) - optional
     base = _base_tensors(root, {key: given[key] for key in extra})
-    problems = [f"missing {key} {tuple(expected[key])}" for key in expected if key not in given]
+    problems = [f"missing {key} {tuple(expected[key])}" for key in expected if key not in given and key not in optional]
     problems += [
         f"unexpected {key} {tuple(given[key].shape)}{nearest(key, expected, 1)}" for key in sorted(extra - set(base))
     ]
@@ -74,8 +90,15 @@ def fill(
             f"{where} does not fit adapter {name!r} on this {type(root).__name__}:\n  {shown}\n"
             "Load it onto the base model and with the configuration that it was trained with."
         )
+    if shared is not None:  # first: adapters may make what the file lacks from it
+        common = {*shared.to_file(), *shared.optional}
+        shared.from_file({key: given[above + key] for key in common if above + key in given})
     for key, adapter, own in adapters:
-        adapter.from_file({tensor_name: given[f"{key}.{tensor_name}"] for tensor_name, _ in own})
+        names = dict.fromkeys([*(tensor_name for tensor_name, _ in own), *adapter.optional])
+        adapter.from_file({own_name: given[f"{key}.{own_name}"] for own_name in names if f"{key}.{own_name}" in given})
+    for key, adapter in biases.items():
+        own_delta = given.get(f"{key}_delta")
+        adapter.put("bias_delta", given[key] - _base_bias(adapter).to(given[key]) if own_delta is None else own_delta)
     for key, parameter in base.items():
         if not torch.equal(parameter, given[key].to(parameter)):
             warnings.warn(
@@ -291,6 +314,32 @@ def _owner(path: str, site: ParameterSite) -> tuple[str, str]:
 
 def _keyed(root: nn.Module, name: str) -> list[tuple[str, Adapter]]:
     return [(key, adapter) for key, _, adapter in _keyed_wrappers(root, name)]
+
+
+def _shared(root: nn.Module, name: str) -> Shared | None:
+    """What the places of an adapter have in common."""
+    return next((adapter.shared for _, adapter in adapters_of(root, name) if hasattr(adapter, "shared")), None)
+
+
+def _above(prefix: str) -> str:
+    """What the names of shared tensors begin with: in `peft` they lie beside the model."""
+    return prefix.removesuffix("model.")
+
+
+def _with_bias(root: nn.Module, name: str) -> list[tuple[str, Adapter]]:
+    """Adapters that train their layer's bias, by the bias's name in files, where it stands whole as in `peft`."""
+    return [
+        (f"{key}.bias" if isinstance(adapter, BiasOnly) else f"{key}.base_layer.bias", adapter)
+        for key, adapter in _keyed(root, name)
+        if adapter.bias_delta is not None
+    ]
+
+
+def _base_bias(adapter: Adapter) -> Tensor:
+    assert adapter.site is not None
+    bias = adapter.site.bias()
+    assert bias is not None
+    return bias
 
 
 def _base_tensors(root: nn.Module, given: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:

@@ -18,12 +18,15 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import yaml
 
 from veneer import field_types, files
 from veneer.errors import CheckpointError, ConfigError, VeneerWarning, nearest
+
+if TYPE_CHECKING:
+    from veneer.adapter import Adapter
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -122,6 +125,10 @@ class PeftConfig:
                     f"{type(self).__name__}({entry.name}={getattr(self, entry.name)!r}): {entry.metadata['planned']} "
                     f"is not in this version of Veneer. Leave {entry.name} at {_default(entry)!r}."
                 )
+
+    def method(self) -> type[Adapter]:
+        """The class that carries out what these settings ask for; `adapter`, or a variant of it."""
+        return self.adapter
 
     @property
     def is_prompt_learning(self) -> bool:
@@ -252,6 +259,30 @@ class ModuleConfig(PeftConfig):
     def unused(self, paths: Collection[str]) -> Iterator[str]:
         """Settings for single places that none of the adapted ones makes use of, each as a sentence."""
         yield from ()
+
+
+@dataclass
+class WeightConfig(ModuleConfig):
+    """What the configurations of most weight methods say besides.
+
+    Args:
+        bias: Biases of the base model that are trained beside the method: `"none"`, those of the adapted layers
+            (`"<method>_only"`, such as `"lora_only"`), or `"all"`. The base model's own stay as they are; each adapter
+            has deltas of its own.
+        fan_in_fan_out: Kept for `peft`'s files; how a layer stores its weight is seen from the layer.
+
+    Raises:
+        ConfigError: `bias` is none of these.
+    """
+
+    bias: str = "none"
+    fan_in_fan_out: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        allowed = ("none", "all", f"{(self.peft_name or 'method').lower()}_only")
+        if self.bias.lower() not in allowed:
+            raise ConfigError(f"{type(self).__name__}: bias={self.bias!r}; one of {', '.join(allowed)} was expected.")
 
 
 def check_expression(setting: str, expression: str) -> None:

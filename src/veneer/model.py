@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from veneer import checkpoint
 from veneer.adapted import BASE, Adapted, Switch, adapters_of, wrappers
+from veneer.adapter import Adapter
 from veneer.attach import attach, check_name, detach, set_trainable, switch_of, untie, unwrap
 from veneer.config import PeftConfig, TaskType, parse_method
 from veneer.errors import ConfigError, StateError, UnsupportedError, nearest
@@ -114,8 +116,9 @@ class PeftModel(nn.Module):
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Runs the base model with the active adapters; `adapter_names` gives one adapter a row of the batch."""
-        with self._rows(adapter_names):
-            return self.base_model(*args, **kwargs)
+        with self._rows(adapter_names), self._noting(args, kwargs):
+            output = self.base_model(*args, **kwargs)
+        return self._with_penalties(output) if self.training else output
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's `generate`; with `adapter_names`, each row of the batch has its adapter."""
@@ -125,7 +128,7 @@ class PeftModel(nn.Module):
             config = kwargs.get("generation_config") or self.get_base_model().generation_config
             for name in ("num_beams", "num_return_sequences"):
                 copies = max(copies, kwargs.get(name) or getattr(config, name, None) or 1)
-        with self._rows(adapter_names, copies):
+        with self._rows(adapter_names, copies), self._noting(args, kwargs):
             return self.base_model.generate(*args, **kwargs)
 
     @contextmanager
@@ -141,6 +144,52 @@ class PeftModel(nn.Module):
             yield
         finally:
             self.switch.rows, self.switch.copies = None, 1
+
+    @contextmanager
+    def _noting(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """Lets adapters that ask for it see what the model is called with."""
+        readers = [method for config in self.peft_config.values() if (method := config.method()).reads_inputs]
+        if not readers:
+            yield
+            return
+        names = inspect.signature(self.get_base_model().forward).parameters
+        self.switch.inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        for name in kwargs.keys() & frozenset().union(*(method.own_inputs for method in readers)):
+            del kwargs[name]
+        try:
+            yield
+        finally:
+            self.switch.inputs = None
+
+    def _with_penalties(self, output: Any) -> Any:
+        """Adds the terms that active methods put into the loss; the model's loss is the sum, as in `peft`."""
+        loss = getattr(output, "loss", None)
+        if loss is None:
+            return output
+        for name in self.switch.active:
+            config = self.peft_config[name]
+            method = config.method()
+            if method.penalty.__func__ is not Adapter.penalty.__func__:  # type: ignore[attr-defined]
+                term = method.penalty(list(self._adapters(name).values()), config)
+                loss = loss if term is None else loss + term.to(loss.device)
+        output.loss = loss
+        return output
+
+    def _adapters(self, name: str) -> dict[str, Adapter]:
+        """The named method's adapters by the path of their place; copies of whole modules left out."""
+        method = self.peft_config[name].method()
+        found = adapters_of(self.get_base_model(), name)
+        return {wrapper.path: adapter for wrapper, adapter in found if isinstance(adapter, method)}
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Lets methods with a schedule move their budget; for training loops of one's own, after `optimizer.step()`.
+
+        Args:
+            global_step: The step, from 0.
+        """
+        for name in self.switch.active:
+            config = self.peft_config[name]
+            config.method().allocate(self._adapters(name), config, global_step)
 
     def get_base_model(self) -> nn.Module:
         """The base model, with its wrappers."""

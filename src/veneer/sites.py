@@ -117,11 +117,15 @@ class Site:
 
     def add_bias(self, y: Tensor, bias: Tensor) -> Tensor:
         """Adds `(out,)` to a layer output."""
-        return y + bias.to(y.dtype)
+        return y + self.per_channel(bias, y)
 
     def apply_factored(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         """`apply(x, up @ down, None)` without forming the product; `down` is `(r, in)` and `up` is `(out, r)`."""
         return self.apply(x, up @ down, None)
+
+    def per_channel(self, factor: Tensor, y: Tensor) -> Tensor:
+        """`(out,)` in the shape in which it multiplies a layer output."""
+        return factor.to(y.dtype)
 
     def _runs(self, *plain: type[nn.Module]) -> bool:
         """Whether the layer runs exactly what one of these classes runs, so that it may be computed directly."""
@@ -191,8 +195,8 @@ class ConvSite(Site):
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(kernel) - 2]
         return convolve(hidden, pointwise, groups=groups)
 
-    def add_bias(self, y: Tensor, bias: Tensor) -> Tensor:
-        return y + bias.to(y.dtype).reshape(-1, *[1] * (self.module.weight.dim() - 2))
+    def per_channel(self, factor: Tensor, y: Tensor) -> Tensor:
+        return factor.to(y.dtype).reshape(-1, *[1] * (self.module.weight.dim() - 2))
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self.module._conv_forward(x, weight, bias)  # knows padding modes
@@ -214,11 +218,15 @@ class EmbeddingSite(Site):
     def apply_factored(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         if not self._runs(nn.Embedding) and not hasattr(self.module, "embed_scale"):
             return super().apply_factored(x, down, up)
-        y = F.linear(F.embedding(x, down.t()), up)
-        if self.module.padding_idx is not None:  # its row is looked up but never trained
-            y = torch.where((x == self.module.padding_idx).unsqueeze(-1), y.detach(), y)
+        y = self.without_padding(x, F.linear(F.embedding(x, down.t()), up))
         # Some models multiply the looked-up rows (Gemma, BART): theirs is the only further step that is known.
         return y if self._runs(nn.Embedding) else y * self.module.embed_scale  # type: ignore[operator]
+
+    def without_padding(self, x: Tensor, y: Tensor) -> Tensor:
+        """Keeps gradients out of the padding row, which is looked up but never trained."""
+        if self.module.padding_idx is None:
+            return y
+        return torch.where((x == self.module.padding_idx).unsqueeze(-1), y.detach(), y)
 
 
 class NormSite(Site):
@@ -232,9 +240,9 @@ class NormSite(Site):
     def unview(self, weight: Tensor) -> Tensor:
         return weight.squeeze(-1)
 
-    def add_bias(self, y: Tensor, bias: Tensor) -> Tensor:
+    def per_channel(self, factor: Tensor, y: Tensor) -> Tensor:
         channels_first = isinstance(self.module, nn.GroupNorm | _BatchNorm)
-        return y + bias.to(y.dtype).reshape(-1, *[1] * (y.dim() - 2)) if channels_first else y + bias.to(y.dtype)
+        return factor.to(y.dtype).reshape(-1, *[1] * (y.dim() - 2)) if channels_first else factor.to(y.dtype)
 
 
 class ParameterSite(Site):

@@ -1,10 +1,11 @@
 """The places that every method is tried on, and the settings that it is tried with.
 
-A method that is registered without an entry in `SETTINGS` is tried with its defaults, so none can be forgotten.
+A method whose test module names no `SETTINGS` is tried with its defaults, so none can be forgotten.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +16,14 @@ from transformers.pytorch_utils import Conv1D
 
 from veneer.config import PeftConfig, methods, parse_method
 
-SETTINGS: dict[str, list[dict[str, Any]]] = {
-    "lora": [
-        {"r": 3, "lora_alpha": 7},
-        {"r": 2, "lora_alpha": 5, "use_rslora": True},
-        {"r": 3, "lora_alpha": 7, "lora_bias": True},
-        {"r": 2, "lora_alpha": 3, "init_lora_weights": "gaussian"},
-    ],
-    "bottleneck": [{"reduction": 2, "scaling": 1.5}, {"bottleneck_size": 5, "non_linearity": "tanh"}],
-}
+
+def settings_of(name: str) -> list[dict[str, Any]]:
+    """`SETTINGS` of the method's test module, `tests/methods/test_<name>.py`; the defaults where it has none."""
+    try:
+        module = importlib.import_module(f"methods.test_{name}")
+    except ModuleNotFoundError:
+        return [{}]
+    return getattr(module, "SETTINGS", [{}])
 
 
 class Model(nn.Module):
@@ -137,8 +137,9 @@ def cases() -> list[tuple[str, dict[str, Any]]]:
     return [
         (name, {**preset, **settings})
         for name, cls, preset in methods()
-        if name == cls.__module__.rpartition(".")[2]  # other names are presets of the same class
-        for settings in SETTINGS.get(name, [{}])
+        if name
+        == parse_method({"name": name}).method().__module__.rpartition(".")[2]  # others are presets of one class
+        for settings in settings_of(name)
     ]
 
 
@@ -150,7 +151,7 @@ def config(name: str, settings: dict[str, Any], spot: Spot) -> PeftConfig:
 
 def supported(name: str, settings: dict[str, Any], spot: Spot) -> bool:
     """Whether the method says that it makes sense on this spot; the contract holds it to both answers."""
-    cls = parse_method({"name": name}).adapter
+    cls = parse_method({"name": name}).method()
     if spot.parameter:
         return spot.kind in cls.kinds and not settings.get("lora_bias")
     if spot.kind == "embedding" and settings.get("lora_bias"):

@@ -27,7 +27,7 @@ OTHERS = [cell for cell in ALL if not supported(*cell.values)]
 
 
 def is_weight_method(name: str) -> bool:
-    return issubclass(veneer.parse_method({"name": name}).adapter, WeightAdapter)
+    return issubclass(veneer.parse_method({"name": name}).method(), WeightAdapter)
 
 
 def can_merge(name: str, spot: Spot) -> bool:

@@ -11,6 +11,8 @@ from veneer import BottleneckConfig, get_peft_model, parse_method
 from veneer.adapted import adapters_of
 from veneer.errors import ConfigError
 
+SETTINGS = [{"reduction": 2, "scaling": 1.5}, {"bottleneck_size": 5, "non_linearity": "tanh"}]
+
 
 def test_the_formula() -> None:
     layer = nn.Linear(2, 2, bias=False).double()

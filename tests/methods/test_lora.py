@@ -13,6 +13,13 @@ from veneer import LoraConfig, get_peft_model
 from veneer.adapted import adapters_of
 from veneer.errors import ConfigError
 
+SETTINGS = [
+    {"r": 3, "lora_alpha": 7},
+    {"r": 2, "lora_alpha": 5, "use_rslora": True},
+    {"r": 3, "lora_alpha": 7, "lora_bias": True},
+    {"r": 2, "lora_alpha": 3, "init_lora_weights": "gaussian"},
+]
+
 
 def one_layer(**settings: object) -> tuple[nn.Linear, nn.Module, object]:
     """W = [[1, 2], [3, 4]], b = [1, -1], and LoRA on it with down = [[1, 0], [1, 1]], up = [[1, 2], [0, 1]]."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from veneer import inits
 from veneer.adapter import Base, WeightAdapter
-from veneer.config import ModuleConfig, check_expression, planned, register
+from veneer.config import WeightConfig, check_expression, planned, register
 from veneer.errors import ConfigError
 from veneer.sites import LinearSite, Site
 
@@ -42,7 +43,7 @@ class Lora(WeightAdapter):
             if config.lora_dropout and site.kind == "parameter":
                 raise ConfigError("lora_dropout: a bare parameter has no input of its own to drop from; set it to 0.")
         self.scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
-        self.init = config.init_lora_weights
+        self.config = config
         self.down = nn.Parameter(torch.empty(*site.batch, config.r, in_features))
         self.up = nn.Parameter(torch.empty(*site.batch, out_features, config.r))
         self.bias = nn.Parameter(torch.empty(out_features)) if config.lora_bias else None
@@ -50,7 +51,7 @@ class Lora(WeightAdapter):
         self.dropout = config.lora_dropout if site.kind != "embedding" else 0.0
 
     def reset(self) -> None:
-        inits.start(self.init, self.down, self.up, self.site.kind)
+        inits.start(self.config.init_lora_weights, self.down, self.up, self.site.kind)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -65,7 +66,10 @@ class Lora(WeightAdapter):
     def forward(self, x: Tensor, base: Base) -> Tensor:
         if self.site.kind == "parameter":
             return super().forward(x, base)
-        y = base(x)
+        return self.add(x, base(x))
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """y + s (up down x + bias), y the layer's output without it."""
         if x.is_floating_point():
             x = F.dropout(x.to(self.down.dtype), self.dropout, self.training)
         if self.bias is None and type(self.site) is LinearSite and y.dtype == self.down.dtype:
@@ -106,9 +110,34 @@ class Lora(WeightAdapter):
             self.put("bias", tensors["lora_B.bias"])
 
 
+VARIANTS: dict[str, type[Lora]] = {}
+"""Methods that are LoRA with a twist, and that files of `peft` tell by a setting of LoRA's; by name."""
+
+
+def variant(name: str, **preset: Any) -> Callable[[type[Lora]], type[Lora]]:
+    """Class decorator that enters a variant of LoRA, in the module of that name, under the method name.
+
+    Args:
+        name: Name of the method and of its module.
+        preset: The settings of `LoraConfig` that ask for it.
+    """
+
+    def enter(cls: type[Lora]) -> type[Lora]:
+        VARIANTS[name] = cls
+        register(name, **preset)(LoraConfig)
+        return cls
+
+    return enter
+
+
+def variant_field(default: Any, module: str) -> Any:
+    """A setting of `LoraConfig` that, unless it has its default, asks for the variant in the module of that name."""
+    return field(default=default, metadata={"variant": module})
+
+
 @register("lora")
 @dataclass
-class LoraConfig(ModuleConfig):
+class LoraConfig(WeightConfig):
     """Configuration of `Lora`, field by field that of `peft`.
 
     Args:
@@ -121,9 +150,9 @@ class LoraConfig(ModuleConfig):
             for a random, non-zero up (for tests).
         rank_pattern: Rank by module name or regular expression, where it differs from `r`.
         alpha_pattern: The same for `lora_alpha`.
+        use_dora: Split the weight into lengths and directions (method `dora`).
         target_parameters: Bare parameters to adapt, such as `"experts.gate_up_proj"`.
         ensure_weight_tying: Train one copy for all modules that share a weight with one in `modules_to_save`.
-        fan_in_fan_out: Kept for `peft`'s files; how a layer stores its weight is seen from the layer.
 
     Raises:
         ConfigError: A rank that is not positive, a dropout outside [0, 1), or a setting not in this version.
@@ -135,8 +164,6 @@ class LoraConfig(ModuleConfig):
     r: int = 8
     lora_alpha: float = 8
     lora_dropout: float = 0.0
-    fan_in_fan_out: bool = False
-    bias: str = planned("none", "training the base model's own biases with LoRA")
     use_rslora: bool = False
     init_lora_weights: bool | str = True
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -151,7 +178,7 @@ class LoraConfig(ModuleConfig):
     eva_config: Any = planned(None, "EVA")
     corda_config: Any = planned(None, "CorDA")
     lora_ga_config: Any = planned(None, "LoRA-GA")
-    use_dora: bool = planned(False, "DoRA")
+    use_dora: bool = variant_field(False, "dora")
     velora_config: Any = planned(None, "VeLoRA")
     alora_invocation_tokens: list[int] | None = planned(None, "aLoRA")
     use_qalora: bool = planned(False, "QA-LoRA")
@@ -172,6 +199,25 @@ class LoraConfig(ModuleConfig):
         for pattern in [*self.rank_pattern, *self.alpha_pattern]:
             check_expression("rank_pattern or alpha_pattern", pattern)
         inits.check(self.init_lora_weights)
+
+    def method(self) -> type[Lora]:
+        """`Lora`, or the variant that a setting such as `use_dora` asks for.
+
+        Raises:
+            ConfigError: Two variants are asked for at once.
+        """
+        asked = [
+            (entry.name, entry.metadata["variant"])
+            for entry in fields(self)
+            if "variant" in entry.metadata and getattr(self, entry.name) not in (entry.default, None)
+        ]
+        if not asked:
+            return Lora
+        if len(asked) > 1:
+            raise ConfigError(f"LoraConfig: {' and '.join(name for name, _ in asked)} cannot be combined. Choose one.")
+        module = asked[0][1]
+        importlib.import_module(f"veneer.methods.{module}")
+        return VARIANTS[module]
 
     def at(self, path: str) -> Self:
         rank = _pattern(self.rank_pattern, path, self.r)
