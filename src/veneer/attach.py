@@ -14,7 +14,7 @@ from veneer.adapter import Adapter, BiasOnly, Shared
 from veneer.config import ModuleConfig, PeftConfig
 from veneer.errors import ConfigError, StateError, TargetError, UnsupportedError, VeneerWarning, nearest
 from veneer.sites import ParameterSite, Site, parameter_site, site_of
-from veneer.targets import frozen, match, resolve, walk
+from veneer.targets import match, resolve, walk
 from veneer.trained_copy import TrainedCopy, tied_modules, warn_if_tied
 
 Place = tuple[str, str | None]
@@ -195,7 +195,7 @@ def _biases(
         return []
     more: list[tuple[Place, Adapter]] = []
     for path, module in modules.items():
-        bias = frozen(module)._parameters.get("bias")
+        bias = module._parameters.get("bias")
         if bias is None:
             continue
         adapter = planned.get((path, None))
