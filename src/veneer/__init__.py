@@ -21,6 +21,8 @@ _MODEL = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "get_peft_model",
+]
+_FUNCTIONAL = [
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
     "load_peft_weights",
@@ -39,6 +41,7 @@ _AUTO = [
 _HOME = {
     **dict.fromkeys(_CONFIG, "veneer.config"),
     **dict.fromkeys(_MODEL, "veneer.model"),
+    **dict.fromkeys(_FUNCTIONAL, "veneer.functional"),
     **dict.fromkeys(_AUTO, "veneer.auto"),
     "Adapter": "veneer.adapter",
     "WeightAdapter": "veneer.adapter",
@@ -49,6 +52,7 @@ _HOME = {
     "Trainer": "veneer.training.trainer",
     "get_layer_status": "veneer.status",
     "get_model_status": "veneer.status",
+    "prepare": "veneer.preparation",
 }
 
 __all__ = ["__version__", *_HOME]  # names of the table above

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from veneer.adapter import Adapter, Base
 from veneer.errors import StateError, UnsupportedError
-from veneer.sites import Site, site_of
+from veneer.sites import ParameterSite, Site, site_of
 
 BASE = "__base__"
 """In a mixed batch: the name for rows that use the frozen model."""
@@ -31,6 +31,7 @@ class Switch:
         rows: In a mixed batch, the adapter of each row; otherwise none.
         copies: In a mixed batch, how many rows generation may make of each (beams, returned sequences).
         merged: Names of the adapters that are merged into the layers.
+        trained: Names of the adapters whose parameters are trained.
         inputs: What the model was called with, while an adapter is loaded that looks at it.
     """
 
@@ -39,6 +40,7 @@ class Switch:
     rows: tuple[str, ...] | None = None
     copies: int = 1
     merged: tuple[str, ...] = ()
+    trained: frozenset[str] = frozenset()
     inputs: Mapping[str, Any] | None = None
 
 
@@ -71,6 +73,11 @@ class Adapted(nn.Module):
             if name == "base_layer" or name.startswith("_"):
                 raise
             return getattr(self.base_layer, name)
+
+    @property
+    def place(self) -> str:
+        """Path of what is adapted: the module, or the bare parameter in it."""
+        return f"{self.path}.{self.site.parameter}" if isinstance(self.site, ParameterSite) else self.path
 
     @property
     def frozen_layer(self) -> nn.Module:

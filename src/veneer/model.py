@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from veneer import checkpoint
 from veneer.adapted import BASE, Adapted, Switch, adapters_of, wrappers
 from veneer.adapter import Adapter
-from veneer.attach import attach, check_name, detach, set_trainable, switch_of, untie, unwrap
+from veneer.attach import attach, check_name, detach, let_train, switch_of, untie, unwrap
 from veneer.config import PeftConfig, TaskType, parse_method
 from veneer.errors import ConfigError, StateError, UnsupportedError, nearest
 from veneer.files import HUB_ARGUMENTS
@@ -90,6 +90,7 @@ class PeftModel(nn.Module):
         self.base_model = BaseModel(model)
         self.peft_config: dict[str, PeftConfig] = {}
         self.switch = Switch()
+        self._places: list[Adapted] | None = None
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.requires_grad_(False)
@@ -179,7 +180,7 @@ class PeftModel(nn.Module):
         """The named method's adapters by the path of their place; copies of whole modules left out."""
         method = self.peft_config[name].method()
         found = adapters_of(self.get_base_model(), name)
-        return {wrapper.path: adapter for wrapper, adapter in found if isinstance(adapter, method)}
+        return {wrapper.place: adapter for wrapper, adapter in found if isinstance(adapter, method)}
 
     def update_and_allocate(self, global_step: int) -> None:
         """Lets methods with a schedule move their budget; for training loops of one's own, after `optimizer.step()`.
@@ -257,7 +258,7 @@ class PeftModel(nn.Module):
         """
         self._unmerged("add an adapter")
         self._add(adapter_name, peft_config, autocast=autocast_adapter_dtype, start=not low_cpu_mem_usage)
-        set_trainable(self.get_base_model(), self.switch.active, trainable=any(self._trained()))
+        self._train(self.switch.active if self.switch.trained else ())
 
     def _add(self, name: str, config: PeftConfig | str | Mapping[str, Any], **how: Any) -> None:
         config = copy.copy(parse_method(config))  # what is filled in below is not the caller's
@@ -273,6 +274,7 @@ class PeftModel(nn.Module):
                 getattr(base_config, "name_or_path", None) or getattr(base_config, "_name_or_path", None) or None
             )
         self.peft_config[name] = attach(root, name, config, self.switch, optional_copies=self.heads, **how)
+        self._places = None
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes the named adapter active and trainable, or several, lowest first; all others rest, frozen.
@@ -283,16 +285,29 @@ class PeftModel(nn.Module):
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self._known(names)
         self._unmerged("switch adapters")
-        set_trainable(self.get_base_model(), names, trainable=not inference_mode)
+        # What is neither trained now nor to be trained is not looked at, so that switching for inference is one
+        # assignment, however many layers there are.
+        wanted = () if inference_mode else names
+        self._train(wanted, self.switch.trained.union(wanted))
         self.switch.active = tuple(names)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Lets the named adapters be trained, or freezes them, whether they are active or not."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._known(names)
-        for name in names:
-            for _, adapter in adapters_of(self.get_base_model(), name):
-                adapter.requires_grad_(requires_grad)
+        self._train(names if requires_grad else (), names)
+
+    def _train(self, wanted: Collection[str], of: Collection[str] | None = None) -> None:
+        """Lets the wanted adapters be trained, and freezes the others among those that are named, or of all."""
+        if self._places is None:
+            self._places = list(wrappers(self.get_base_model()))
+        of = self.peft_config if of is None else of
+        for name in of:
+            for wrapper in self._places:
+                adapter = wrapper.adapters._modules.get(name)
+                if adapter is not None:
+                    let_train(adapter, name in wanted)
+        self.switch.trained = self.switch.trained.difference(of).union(wanted)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter; if it was active, the first remaining one takes its place.
@@ -302,12 +317,11 @@ class PeftModel(nn.Module):
         """
         self._known([adapter_name])
         self._unmerged("delete an adapter")
-        trained = any(self._trained())
-        detach(self.get_base_model(), adapter_name)
-        del self.peft_config[adapter_name]
+        trained = self.switch.trained
+        self._remove(adapter_name)
         remaining = [name for name in self.switch.active if name != adapter_name] or list(self.peft_config)[:1]
         self.switch.active = tuple(remaining)
-        set_trainable(self.get_base_model(), remaining, trainable=trained)
+        self._train(remaining if trained else ())
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -325,6 +339,12 @@ class PeftModel(nn.Module):
     def enable_adapter_layers(self) -> None:
         self.switch.enabled = True
 
+    def _remove(self, name: str) -> None:
+        detach(self.get_base_model(), name)
+        del self.peft_config[name]
+        self._places = None
+        self.switch.trained = self.switch.trained - {name}
+
     def _known(self, names: Sequence[str]) -> None:
         for name in names:
             if name not in self.peft_config:
@@ -338,14 +358,6 @@ class PeftModel(nn.Module):
                 f"Cannot {action} while {list(self.switch.merged)} are merged. Call unmerge_adapter() first; that is "
                 "exact."
             )
-
-    def _trained(self) -> Iterator[bool]:
-        return (
-            parameter.requires_grad
-            for name in self.switch.active
-            for _, adapter in adapters_of(self.get_base_model(), name)
-            for parameter in adapter.parameters()
-        )
 
     # Merging
 
@@ -536,8 +548,7 @@ class PeftModel(nn.Module):
         try:
             self._take(adapter_name, tensors, header, str(model_id), check_base, is_trainable)
         except Exception:
-            detach(self.get_base_model(), adapter_name)
-            del self.peft_config[adapter_name]
+            self._remove(adapter_name)
             raise
 
     def _take(
@@ -555,8 +566,8 @@ class PeftModel(nn.Module):
         checkpoint.fill(root, name, tensors, where=where)
         self.peft_config[name].inference_mode = not trainable
         for _, adapter in adapters_of(root, name):
-            adapter.requires_grad_(trainable and name in self.switch.active)
             adapter.train(self.training)
+        self._train([name] if trainable and name in self.switch.active else (), [name])
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
         """Not in this version; it exists so that the base model's own is not called.
@@ -663,56 +674,6 @@ def get_peft_model(
     return class_for(config)(model, config, adapter_name, autocast_adapter_dtype, start=not low_cpu_mem_usage)
 
 
-def inject_adapter_in_model(
-    peft_config: PeftConfig | str | Mapping[str, Any],
-    model: nn.Module,
-    adapter_name: str = "default",
-    low_cpu_mem_usage: bool = False,
-) -> nn.Module:
-    """Puts an adapter on a model and returns the model itself, without a `PeftModel` around it.
-
-    Raises:
-        TargetError, ConfigError: The configuration does not fit the model, which is left as it was.
-    """
-    switch = switch_of(model) or Switch()
-    attach(model, adapter_name, parse_method(peft_config), switch, start=not low_cpu_mem_usage)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    switch.active = (adapter_name,)
-    set_trainable(model, [adapter_name])
-    return model
-
-
-def get_peft_model_state_dict(
-    model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str = "default", **kwargs: Any
-) -> dict[str, Tensor]:
-    """An adapter's tensors under the names they have in a file."""
-    root, prefix = _root(model)
-    return checkpoint.adapter_tensors(root, adapter_name, prefix)
-
-
-def set_peft_model_state_dict(
-    model: nn.Module, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default", **kwargs: Any
-) -> None:
-    """Fills an adapter with tensors that `get_peft_model_state_dict` gave.
-
-    Raises:
-        CheckpointError: Tensors are missing, unexpected or of another shape; nothing is changed.
-    """
-    root, prefix = _root(model)
-    checkpoint.fill(root, adapter_name, peft_model_state_dict, prefix=prefix)
-
-
-def load_peft_weights(model_id: str | Path, device: str | None = None, **hub: Any) -> dict[str, Tensor]:
-    """The tensors of a saved adapter under the names they have in its file.
-
-    Raises:
-        CheckpointError: The file is missing, truncated or corrupted.
-    """
-    tensors, _ = checkpoint.read(model_id, **hub)
-    return {key: tensor.to(device or "cpu") for key, tensor in tensors.items()}
-
-
 def _for_the_hub(given: Mapping[str, Any]) -> dict[str, Any]:
     """Further arguments of loading without those of `peft` that have no use here.
 
@@ -723,10 +684,6 @@ def _for_the_hub(given: Mapping[str, Any]) -> dict[str, Any]:
     for name in hub.keys() - HUB_ARGUMENTS:
         raise TypeError(f"Adapters are loaded without an argument {name!r}.{nearest(name, HUB_ARGUMENTS)}")
     return hub
-
-
-def _root(model: nn.Module) -> tuple[nn.Module, str]:
-    return (model.get_base_model(), checkpoint.PREFIX) if isinstance(model, PeftModel) else (model, "")
 
 
 def _inner_first(root: nn.Module) -> list[Adapted]:

@@ -21,7 +21,8 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils.generic import can_return_loss, find_labels
 
 from veneer.errors import CheckpointError
-from veneer.model import PeftModel, load_peft_weights, set_peft_model_state_dict
+from veneer.functional import load_peft_weights, set_peft_model_state_dict
+from veneer.model import PeftModel
 from veneer.training import checkpoints, guards, samplers
 from veneer.training.clock import Clock
 
