@@ -91,6 +91,7 @@ class PeftModel(nn.Module):
         self.peft_config: dict[str, PeftConfig] = {}
         self.switch = Switch()
         self._places: list[Adapted] | None = None
+        self._methods: dict[str, type[Adapter]] = {}
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.requires_grad_(False)
@@ -149,7 +150,7 @@ class PeftModel(nn.Module):
     @contextmanager
     def _noting(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
         """Lets adapters that ask for it see what the model is called with."""
-        readers = [method for config in self.peft_config.values() if (method := config.method()).reads_inputs]
+        readers = [method for method in self._methods.values() if method.reads_inputs]
         if not readers:
             yield
             return
@@ -168,8 +169,7 @@ class PeftModel(nn.Module):
         if loss is None:
             return output
         for name in self.switch.active:
-            config = self.peft_config[name]
-            method = config.method()
+            config, method = self.peft_config[name], self._methods[name]
             if method.penalty.__func__ is not Adapter.penalty.__func__:  # type: ignore[attr-defined]
                 term = method.penalty(list(self._adapters(name).values()), config)
                 loss = loss if term is None else loss + term.to(loss.device)
@@ -178,7 +178,7 @@ class PeftModel(nn.Module):
 
     def _adapters(self, name: str) -> dict[str, Adapter]:
         """The named method's adapters by the path of their place; copies of whole modules left out."""
-        method = self.peft_config[name].method()
+        method = self._methods[name]
         found = adapters_of(self.get_base_model(), name)
         return {wrapper.place: adapter for wrapper, adapter in found if isinstance(adapter, method)}
 
@@ -190,7 +190,19 @@ class PeftModel(nn.Module):
         """
         for name in self.switch.active:
             config = self.peft_config[name]
-            config.method().allocate(self._adapters(name), config, global_step)
+            method = config.method()
+            if method.allocate.__func__ is not Adapter.allocate.__func__:  # type: ignore[attr-defined]
+                method.allocate(self._adapters(name), config, global_step)
+
+    def kept_schedules(self) -> dict[str, dict[str, Tensor]]:
+        """What methods with a schedule go by and adapter files do not hold, by the adapter's name."""
+        kept = {name: config.method().kept(self._adapters(name)) for name, config in self.peft_config.items()}
+        return {name: tensors for name, tensors in kept.items() if tensors}
+
+    def resume_schedule(self, name: str, kept: Mapping[str, Tensor]) -> None:
+        """Takes over what `kept_schedules` gave for one adapter, before its file is read."""
+        config = self.peft_config[name]
+        config.method().resume(self._adapters(name), config, kept)
 
     def get_base_model(self) -> nn.Module:
         """The base model, with its wrappers."""
@@ -274,6 +286,7 @@ class PeftModel(nn.Module):
                 getattr(base_config, "name_or_path", None) or getattr(base_config, "_name_or_path", None) or None
             )
         self.peft_config[name] = attach(root, name, config, self.switch, optional_copies=self.heads, **how)
+        self._methods[name] = self.peft_config[name].method()
         self._places = None
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -341,7 +354,7 @@ class PeftModel(nn.Module):
 
     def _remove(self, name: str) -> None:
         detach(self.get_base_model(), name)
-        del self.peft_config[name]
+        del self.peft_config[name], self._methods[name]
         self._places = None
         self.switch.trained = self.switch.trained - {name}
 
