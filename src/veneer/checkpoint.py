@@ -36,6 +36,9 @@ PICKLE_NAME = "adapter_model.bin"
 PREFIX = "base_model.model."
 HEADER = "veneer"
 
+# With bias="all" peft writes the biases of modules that are trained whole under these names once more.
+_REPEATED = re.compile(r"\.(modules_to_save|original_module)\.bias$")
+
 
 def adapter_tensors(root: nn.Module, name: str, prefix: str = PREFIX) -> dict[str, Tensor]:
     """The named adapter's tensors under their names in a file."""
@@ -50,7 +53,8 @@ def adapter_tensors(root: nn.Module, name: str, prefix: str = PREFIX) -> dict[st
         tensors[f"{prefix}{key}_delta"] = adapter.bias_delta.detach()  # ours: the sum has lost its last bits
     shared = _shared(root, name)
     if shared is not None:
-        tensors |= {_above(prefix) + key: tensor.detach() for key, tensor in shared.to_file().items()}
+        written = shared.to_file().items()
+        tensors |= {_above(prefix) + key: tensor.detach() for key, tensor in written if key not in shared.derived}
     return tensors
 
 
@@ -62,17 +66,22 @@ def fill(
     Raises:
         CheckpointError: Tensors are missing, unexpected or of another shape; lists all of them, and changes nothing.
     """
+    given = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if not _REPEATED.search(key)}
+    for key, adapter in _keyed(root, name):
+        if type(adapter).expect is not Adapter.expect:
+            inner = f"{key}."
+            adapter.expect({own.removeprefix(inner): t for own, t in given.items() if own.startswith(inner)})
     adapters = [(key, adapter, list(adapter.to_file().items())) for key, adapter in _keyed(root, name)]
     expected = {f"{key}.{own}": tensor.shape for key, _, tensors in adapters for own, tensor in tensors}
     optional = {f"{key}.{own}" for key, adapter, _ in adapters for own in adapter.optional}
+    free = {f"{key}.{own}" for key, adapter, _ in adapters for own in adapter.free}
     biases = dict(_with_bias(root, name))
     expected |= {key: _base_bias(adapter).shape for key, adapter in biases.items()}
     optional |= {f"{key}_delta" for key in biases}
-    given = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
     shared, above = _shared(root, name), _above(prefix)
     if shared is not None:
         expected |= {above + key: tensor.shape for key, tensor in shared.to_file().items()}
-        optional |= {above + key for key in shared.optional}
+        optional |= {above + key for key in shared.derived}
     extra = set(given) - set(expected) - optional
     base = _base_tensors(root, {key: given[key] for key in extra})
     problems = [f"missing {key} {tuple(expected[key])}" for key in expected if key not in given and key not in optional]
@@ -82,7 +91,7 @@ def fill(
     problems += [
         f"{key} has shape {tuple(given[key].shape)}, expected {tuple(shape)}"
         for key, shape in expected.items()
-        if key in given and given[key].shape != shape
+        if key in given and given[key].shape != shape and not (key in free and given[key].dim() == len(shape))
     ]
     if problems:
         shown = "\n  ".join(problems[:12]) + (f"\n  and {len(problems) - 12} more" if len(problems) > 12 else "")
@@ -91,11 +100,12 @@ def fill(
             "Load it onto the base model and with the configuration that it was trained with."
         )
     if shared is not None:  # first: adapters may make what the file lacks from it
-        common = {*shared.to_file(), *shared.optional}
-        shared.from_file({key: given[above + key] for key in common if above + key in given})
+        shared.from_file({key: given[above + key] for key in shared.to_file() if above + key in given})
     for key, adapter, own in adapters:
         names = dict.fromkeys([*(tensor_name for tensor_name, _ in own), *adapter.optional])
         adapter.from_file({own_name: given[f"{key}.{own_name}"] for own_name in names if f"{key}.{own_name}" in given})
+    for _, adapter, _ in adapters:
+        adapter.prepared = True  # what it needed data for has been read
     for key, adapter in biases.items():
         own_delta = given.get(f"{key}_delta")
         adapter.put("bias_delta", given[key] - _base_bias(adapter).to(given[key]) if own_delta is None else own_delta)
@@ -110,15 +120,31 @@ def fill(
                 parameter.copy_(given[key])
 
 
-def save(root: nn.Module, name: str, config: PeftConfig, folder: Path, prefix: str = PREFIX) -> None:
+def save(
+    root: nn.Module,
+    name: str,
+    config: PeftConfig,
+    folder: Path,
+    prefix: str = PREFIX,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
     """Writes the named adapter into a folder.
+
+    Args:
+        root: The base model.
+        name: The adapter.
+        config: Its configuration.
+        folder: Where to.
+        prefix: What names of tensors begin with.
+        tensors: What to write in place of the adapter's own tensors, where it is written as another.
 
     Raises:
         CheckpointError: It could not be written; what the folder held before is unchanged.
         ConfigError: The configuration has no form in JSON; as above.
     """
     text = config.to_text()
-    tensors = {key: tensor.contiguous().cpu() for key, tensor in adapter_tensors(root, name, prefix).items()}
+    given = adapter_tensors(root, name, prefix) if tensors is None else tensors
+    tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in given.items()}
     _warn_if_resized(root, config)
     seen: set[int] = set()
     for key, tensor in tensors.items():  # tied copies share memory, which the format does not allow

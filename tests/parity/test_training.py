@@ -39,10 +39,10 @@ def loss_of(model: nn.Module, family: Family, step: int) -> Tensor:
     return model(**batch, labels=family.labels()[order.roll(step // ROWS)]).loss
 
 
-def train(model: nn.Module, family: Family) -> list[float]:
+def train(model: nn.Module, family: Family, weight_decay: float = 0.1) -> list[float]:
     model.train()
     chosen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(chosen, lr=1e-2, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(chosen, lr=1e-2, weight_decay=weight_decay)
     losses = []
     for step in range(STEPS):
         loss = loss_of(model, family, step)
