@@ -242,10 +242,13 @@ def test_files_of_others_have_no_checksum(broken: Path) -> None:
 
 
 def test_what_is_missing_is_named(saved: Path, tmp_path: Path) -> None:
-    fails_to_load(tmp_path, CheckpointError, rf"has no {WEIGHTS_NAME}\. Name the folder that an adapter was saved to")
+    fails_to_load(tmp_path, CheckpointError, rf"has no {CONFIG_NAME}; it holds: nothing")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / CONFIG_NAME).write_bytes((saved / CONFIG_NAME).read_bytes())
+    fails_to_load(tmp_path / "half", CheckpointError, rf"has no {WEIGHTS_NAME}\. Name the folder that an adapter was")
     (tmp_path / WEIGHTS_NAME).write_bytes((saved / WEIGHTS_NAME).read_bytes())
     fails_to_load(tmp_path, CheckpointError, rf"has no {CONFIG_NAME}; it holds: {WEIGHTS_NAME}")
-    fails_to_load(saved, CheckpointError, f"has no {WEIGHTS_NAME}", subfolder="other")
+    fails_to_load(saved, CheckpointError, f"has no {CONFIG_NAME}", subfolder="other")
     fails_to_load(
         "no-such-user/no-such-adapter", CheckpointError, "is no folder here.*could not be fetched from the hub"
     )

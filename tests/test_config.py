@@ -15,10 +15,11 @@ import yaml
 from torch import nn
 
 import veneer
-from veneer import BitFitConfig, BottleneckConfig, LoraConfig, PeftConfig, PeftType, TaskType, config, parse_method
+from veneer import BitFitConfig, BottleneckConfig, LoraConfig, PeftConfig, PeftType, TaskType, parse_method, registry
 from veneer.adapter import Adapter
-from veneer.config import CONFIG_NAME, ModuleConfig, register
+from veneer.config import CONFIG_NAME, ModuleConfig
 from veneer.errors import CheckpointError, ConfigError, TargetError, VeneerWarning
+from veneer.registry import register
 
 # Methods as strings
 
@@ -65,7 +66,7 @@ def test_values_in_a_method_string(spec: str, field_name: str, value: Any) -> No
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("lroa:r=4", r"Unknown method 'lroa'\. Did you mean 'lora'\? Known: .*bitfit.*lora"),
+        ("lroa:r=4", r"Unknown method 'lroa'\. Did you mean .*'lora'.*\? Known: .*bitfit.*lora"),
         ("", r"Unknown method ''\. Known: .*lora"),
         ("lora:rnak=4,r=2", r"method 'lora' has no setting 'rnak'"),
         ("lora:lora_alhpa=4", r"no setting 'lora_alhpa'\. Did you mean 'lora_alpha'"),
@@ -102,7 +103,10 @@ def test_values_in_a_method_string(spec: str, field_name: str, value: Any) -> No
         ("lora:target_modules=[q,v", r"value of 'target_modules' is not readable: '\[q,v'.*Close its brackets"),
         ("lora:task_type=SEQCLS", r"task_type='SEQCLS' is not one of SEQ_CLS, .*Did you mean 'SEQ_CLS'\?"),
         ("lora:init_lora_weights=gausian", r"init_lora_weights='gausian' .*Did you mean 'gaussian'"),
-        ("lora:init_lora_weights=pissa", r"init_lora_weights='pissa' is not in this version .*orthogonal"),
+        (
+            "lora:init_lora_weights=pisa",
+            r"init_lora_weights='pisa' is not in this version .*orthogonal.*Did you mean 'pissa'",
+        ),
         ("lora:peft_type=BITFIT", r"peft_type='BITFIT'.*'LORA'"),
         (
             "bottleneck:non_linearity=rleu",
@@ -146,12 +150,12 @@ def test_mappings_that_are_refused(spec: Any, message: str) -> None:
 
 
 def test_every_method_has_a_name_a_class_and_defaults() -> None:
-    for name, cls, preset in config.methods():
+    for name, cls, preset in registry.methods():
         found = parse_method(name)
         assert type(found) is cls
         assert {key: getattr(found, key) for key in preset} == preset
         assert issubclass(cls.adapter, Adapter)
-    assert veneer.method_names() == sorted(name for name, *_ in config.methods())
+    assert veneer.method_names() == sorted(name for name, *_ in registry.methods())
     assert {"lora", "bitfit", "bottleneck", "houlsby", "pfeiffer"} <= set(veneer.method_names())
 
 
@@ -170,11 +174,8 @@ def test_types_are_checked_in_code_as_well() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "what"),
     [
-        ("use_dora", True, "DoRA"),
-        ("bias", "all", "the base model's own biases"),
-        ("loftq_config", {"loftq_bits": 4}, "LoftQ"),
-        ("trainable_token_indices", [3], "single tokens"),
-        ("layer_replication", [[0, 2]], "layer replication"),
+        ("arrow_config", {"top_k": 2}, "Arrow"),
+        ("megatron_config", {"a": 1}, "Megatron"),
     ],
 )
 def test_what_is_only_planned_is_refused(name: str, value: Any, what: str) -> None:
@@ -183,8 +184,8 @@ def test_what_is_only_planned_is_refused(name: str, value: Any, what: str) -> No
 
 
 def test_planned_fields_take_their_defaults_and_nothing() -> None:
-    assert LoraConfig(use_dora=False, bias="none", loftq_config={}).loftq_config == {}
-    assert LoraConfig(loftq_config=None).use_dora is False  # type: ignore[arg-type]  # as older files have it
+    assert LoraConfig(arrow_config=None, loftq_config={}).loftq_config == {}
+    assert LoraConfig(loftq_config=None).loftq_config is None  # type: ignore[arg-type]  # as older files have it
 
 
 def test_collections_of_names_become_sorted_lists() -> None:
@@ -291,7 +292,7 @@ def test_settings_of_a_run_of_peft_are_passed_over() -> None:
         ({"r": "8"}, r"adapter_config\.json: LoraConfig: r='8'; int was expected"),
         ({"lora_dropout": "a"}, r"lora_dropout='a'; float was expected"),
         ({"rank_pattern": None}, r"rank_pattern=None; dict\[str, int\] was expected"),
-        ({"use_dora": True}, r"adapter_config\.json: LoraConfig\(use_dora=True\): DoRA is not in this version"),
+        ({"arrow_config": {"top_k": 2}}, r"adapter_config\.json: LoraConfig\(arrow_config=.* is not in this version"),
         ({"task_type": "X"}, r"adapter_config\.json: task_type='X' is not one of"),
     ],
 )
@@ -340,19 +341,19 @@ def test_peft_types_are_the_registered_names() -> None:
 
 
 @pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+def changeable(monkeypatch: pytest.MonkeyPatch) -> None:
     """A registry whose changes are taken back."""
     veneer.method_names()
-    monkeypatch.setattr(config, "_by_name", dict(config._by_name))
-    monkeypatch.setattr(config, "_by_peft_type", dict(config._by_peft_type))
-    monkeypatch.setattr(config, "_discovered", True)
+    monkeypatch.setattr(registry, "_by_name", dict(registry._by_name))
+    monkeypatch.setattr(registry, "_by_peft_type", dict(registry._by_peft_type))
+    monkeypatch.setattr(registry, "_discovered", True)
 
 
 class Nothing(Adapter):
     """An adapter that does nothing."""
 
 
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("changeable")
 def test_a_third_party_method(tmp_path: Path) -> None:
     @register("nothing_much", size=3)
     @register("nothing")
@@ -377,7 +378,7 @@ def test_a_third_party_method(tmp_path: Path) -> None:
         parse_method("nothin")
 
 
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("changeable")
 def test_names_that_are_taken() -> None:
     def another(name: str, file_name: str) -> None:
         @register(name)
@@ -396,7 +397,7 @@ def test_names_that_are_taken() -> None:
     another("another", "ANOTHER")  # the same class again, as when its module is reloaded
 
 
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("changeable")
 def test_a_class_without_names_is_not_registered() -> None:
     with pytest.raises(ConfigError, match=r"Bare needs the class attributes `peft_name` and `adapter`"):
 
@@ -409,7 +410,8 @@ def test_a_class_without_names_is_not_registered() -> None:
 PLUGIN = """
 from dataclasses import dataclass
 from veneer.adapter import Adapter
-from veneer.config import ModuleConfig, register
+from veneer.config import ModuleConfig
+from veneer.registry import register
 
 class Plugged(Adapter):
     pass
@@ -423,7 +425,7 @@ class PluggedConfig(ModuleConfig):
 """
 
 
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("changeable")
 def test_methods_of_installed_packages_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "veneer_plugin_for_a_test.py").write_text(textwrap.dedent(PLUGIN))
     monkeypatch.syspath_prepend(tmp_path)
@@ -437,8 +439,8 @@ def test_methods_of_installed_packages_are_found(monkeypatch: pytest.MonkeyPatch
         asked.append(query)
         return entries
 
-    monkeypatch.setattr(config.importlib, "metadata", SimpleNamespace(entry_points=entry_points))
-    monkeypatch.setattr(config, "_discovered", False)
+    monkeypatch.setattr(registry.importlib, "metadata", SimpleNamespace(entry_points=entry_points))
+    monkeypatch.setattr(registry, "_discovered", False)
     with pytest.warns(
         VeneerWarning, match=r"'veneer_plugin_that_is_not_there'.*ModuleNotFoundError.*Update that package"
     ):
@@ -460,3 +462,10 @@ def test_a_resolved_configuration_reads_back_from_yaml() -> None:
     given = parse_method("lora:r=4,lora_dropout=1e-1,rank_pattern={q: 2}")
     text = yaml.safe_dump({"name": "lora", **json.loads(given.to_text())})
     assert parse_method(yaml.safe_load(text)) == given
+
+
+def test_patterns_keep_their_order_in_files(tmp_path: Path) -> None:  # the first that matches counts
+    config = LoraConfig(rank_pattern={"q_proj": 2, "layers.0.q_proj": 4, "k_proj": 3})
+    config.save_pretrained(tmp_path)
+    read = PeftConfig.from_pretrained(tmp_path)
+    assert list(read.rank_pattern) == ["q_proj", "layers.0.q_proj", "k_proj"]

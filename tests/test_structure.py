@@ -232,3 +232,18 @@ def test_blocks_are_the_innermost_that_hold_both_parts() -> None:
 )
 def test_query_and_value_projections(family: str, expected: list[str] | None) -> None:
     assert attention_inputs(tree(FAMILIES[family][0])) == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "values"),
+    [
+        ("Llama", each("model.layers.{}.self_attn.k_proj"), each("model.layers.{}.self_attn.v_proj")),
+        ("Bert", each("bert.encoder.layer.{}.attention.self.key"), each("bert.encoder.layer.{}.attention.self.value")),
+        ("GPT2", each("transformer.h.{}.attn.c_attn"), each("transformer.h.{}.attn.c_attn")),
+        ("DistilBert", each("transformer.layer.{}.attention.k_lin"), each("transformer.layer.{}.attention.v_lin")),
+    ],
+)
+def test_key_and_value_projections(family: str, keys: list[str], values: list[str]) -> None:
+    modules = tree(FAMILIES[family][0])
+    assert place("attention-keys", modules) == keys
+    assert place("attention-values", modules) == values

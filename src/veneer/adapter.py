@@ -11,14 +11,16 @@ to the same values, and the contract tests hold it to the definition.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from veneer.errors import UnsupportedError
+from veneer.errors import ConfigError, StateError, UnsupportedError
 
 if TYPE_CHECKING:
+    from veneer.preparation import Run
     from veneer.sites import Site
 
 WEIGHT_KINDS = frozenset({"linear", "conv", "embedding", "parameter"})
@@ -60,6 +62,12 @@ class Base:
         if self.below:
             under = Base(self.layer, self.site, self.below[:-1], self.args, self.kwargs, self.inputs)
             adapter = self.below[-1]
+            if not adapter.prepared and adapter.training and torch.is_grad_enabled():
+                raise StateError(
+                    f"This {type(adapter).__name__} adapter has to see data before it is trained: what it starts from "
+                    "is made from real batches. Call veneer.prepare(model, batches) first; `veneer train` does so by "
+                    "itself."
+                )
             y = adapter(x, under)
             self.rest = under.rest
             if adapter.bias_delta is not None:
@@ -99,6 +107,29 @@ class Base:
         return adapters
 
 
+@dataclass(frozen=True)
+class Renewed:
+    """Entries of a trained parameter that have begun anew.
+
+    Args:
+        parameter: The parameter.
+        where: Positions in it.
+        gradient: What is known of their gradient, for the averages of the optimiser to begin with.
+    """
+
+    parameter: nn.Parameter
+    where: Tensor
+    gradient: Tensor
+
+    def tell(self, optimizer: torch.optim.Optimizer) -> None:
+        """Begins the optimiser's state of these entries anew."""
+        squares = {"exp_avg": 1, "exp_avg_sq": 2}
+        for name, state in optimizer.state.get(self.parameter, {}).items():
+            if isinstance(state, Tensor) and state.shape == self.parameter.shape:
+                known = self.gradient.to(state) ** squares[name] if name in squares else torch.zeros_like(self.gradient)
+                state[self.where] = known.to(state)
+
+
 class Shared(nn.Module):
     """What all places of one adapter have in common: random projections, a bank of vectors, a rule.
 
@@ -109,8 +140,9 @@ class Shared(nn.Module):
         config: The method's configuration.
     """
 
-    optional: ClassVar[frozenset[str]] = frozenset()
-    """As in `Adapter`."""
+    derived: frozenset[str] = frozenset()
+    """Names of tensors that the configuration determines, and that are not written therefore: a file that has them
+    all the same is taken at its word."""
 
     def __init__(self, sites: Mapping[str, Site], config: Any) -> None:
         super().__init__()
@@ -146,8 +178,19 @@ class Adapter(nn.Module):
     optional: ClassVar[frozenset[str]] = frozenset()
     """Names of tensors that a file may have and may lack: `from_file` makes what is not given."""
 
-    starts_as_base: ClassVar[bool] = True
-    """Whether the model with a new adapter computes what the base model does."""
+    free: ClassVar[frozenset[str]] = frozenset()
+    """Names of tensors in files of which the file says how long they are."""
+
+    starts_as_base: bool = True
+    """Whether the model with a new adapter computes what the base model does; where settings decide it, `__init__` says
+    so."""
+
+    ties: ClassVar[bool] = False
+    """Whether places whose layers share one weight are trained as one. If so, an output layer that has its weight from
+    an adapted embedding is adapted too, and every place is told of the first by `tie`."""
+
+    mixes_rows: ClassVar[bool] = False
+    """Whether what a row of the batch gets depends on the other rows."""
 
     reads_inputs: ClassVar[bool] = False
     """Whether `forward` looks at what the whole model was called with (`base.inputs`)."""
@@ -159,6 +202,10 @@ class Adapter(nn.Module):
         super().__init__()
         self.site = site
         self.bias_delta: nn.Parameter | None = None
+        self.prepared = True  # False from the start until `prepare`, where the method needs data
+
+    def tie(self, first: Self) -> None:
+        """Trains the tensors of `first`, whose layer has the same weight; called before `reset`."""
 
     def join(self, shared: Shared, path: str) -> None:
         """Takes what is shared, before `reset`; `path` is that of the adapter's module."""
@@ -171,19 +218,63 @@ class Adapter(nn.Module):
         """Writes the starting values that the configuration asks for. Loading skips this."""
 
     @classmethod
+    def needs_data(cls, config: Any) -> bool:
+        """Whether the method, with this configuration, has to see data before it is trained."""
+        return False
+
+    @classmethod
+    def prepare(cls, adapters: dict[str, Self], config: Any, run: Run) -> Any:
+        """Makes from data what the method starts with; called by `preparation.prepare`, after `reset`.
+
+        Args:
+            adapters: All adapters of one name, by the path of their place; those that are taken out of it are taken
+                off the model.
+            config: Their configuration.
+            run: Passes batches through the model.
+
+        Returns:
+            The configuration as it is from now on, where that is another; otherwise none.
+        """
+
+    @classmethod
+    def note(cls, inputs: Mapping[str, Any], config: Any) -> Mapping[str, Any]:
+        """What follows from the inputs of the model's call for all places alike; it is added to `base.inputs`.
+
+        Called once a call of the model, for methods that say `reads_inputs`.
+
+        Args:
+            inputs: What the model was called with, by name.
+            config: The configuration of one adapter.
+        """
+        return {}
+
+    @classmethod
     def penalty(cls, adapters: Sequence[Self], config: Any) -> Tensor | None:
         """A term that is added to the model's loss in training; none where the method has none."""
         return None
 
     @classmethod
-    def allocate(cls, adapters: Mapping[str, Self], config: Any, step: int) -> None:
+    def allocate(cls, adapters: Mapping[str, Self], config: Any, step: int) -> Sequence[Renewed] | None:
         """Called in every training step after the optimiser's and before gradients are cleared.
 
         Args:
             adapters: All adapters of one name, by the path of their module.
             config: Their configuration.
             step: The step, from 0.
+
+        Returns:
+            Entries of parameters that mean something else from now on, of which the optimiser knows nothing yet.
         """
+        return None
+
+    @classmethod
+    def kept(cls, adapters: Mapping[str, Self]) -> dict[str, Tensor]:
+        """What `allocate` goes by and adapter files do not hold, for the checkpoints of a training run."""
+        return {}
+
+    @classmethod
+    def resume(cls, adapters: Mapping[str, Self], config: Any, kept: Mapping[str, Tensor]) -> None:
+        """Takes over what `kept` gave; called before the adapter's file is read."""
 
     def merge_into(self, layer: nn.Module) -> nn.Module:
         """A layer that alone does what `layer` with this adapter does. `layer` itself is not changed.
@@ -200,6 +291,9 @@ class Adapter(nn.Module):
         """Tensors as an adapter file names and shapes them. `from_file` is the inverse."""
         named = self.named_parameters()
         return {name: tensor for name, tensor in named if not name.startswith("shared.") and name != "bias_delta"}
+
+    def expect(self, tensors: Mapping[str, Tensor]) -> None:
+        """Told what a file has for this place, before that is checked: for tensors whose sizes the file decides."""
 
     def from_file(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes the tensors over; names and shapes have been checked against `to_file` before."""
@@ -233,6 +327,12 @@ def put(module: nn.Module, name: str, tensor: Tensor, device: torch.device | Non
     table[leaf] = nn.Parameter(made, requires_grad=old.requires_grad) if table is owner._parameters else made
 
 
+def onto(delta: Tensor, weight: Tensor) -> Tensor:
+    """`weight + delta`, in the memory of `delta`, which the caller has just made, where its type can hold the sum."""
+    fits = torch.promote_types(delta.dtype, weight.dtype) == delta.dtype
+    return delta.add_(weight) if fits else weight + delta
+
+
 class WeightAdapter(Adapter):
     """A method that changes the layer's weight, its bias, or both."""
 
@@ -241,6 +341,16 @@ class WeightAdapter(Adapter):
 
     def __init__(self, site: Site, config: Any) -> None:
         super().__init__(site, config)
+
+    def input_dropout(self, share: float, setting: str) -> float:
+        """The share of the input that this place drops: none of an embedding's, which is an index.
+
+        Raises:
+            ConfigError: Something is to be dropped from the input of a bare parameter.
+        """
+        if share and self.site.kind == "parameter":
+            raise ConfigError(f"{setting}={share}: a bare parameter has no input of its own to drop from; set it to 0.")
+        return share if self.site.kind != "embedding" else 0.0
 
     def adapt(self, weight: Tensor) -> Tensor:
         """The adapted weight, `(out, in)`; for a stack of matrices `(n, out, in)`. The definition of the method."""

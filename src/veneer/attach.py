@@ -56,20 +56,26 @@ def attach(
     method: type[Adapter] = config.method()
     below = dict(walk(root))
     modules = {"": root, **below}
+    config = config.on(root, below)
     places: list[Place] = []
     parameters = getattr(config, "target_parameters", None)
-    if config.target_modules or not parameters:
+    only_copies = config.target_modules == [] and config.modules_to_save
+    if config.target_modules or not (parameters or only_copies):
         config = replace(config, target_modules=resolve(root, config, below))
         places += [(path, None) for path in match(root, config, strict=start, modules=below)]
     places += _parameter_places(below, parameters or ())
+    places += _followers(below, places, config, places)
     if getattr(config, "ensure_weight_tying", False):
         _refuse_tied(below, places)
     if start:
         for said in config.unused([_path(place) for place in places]):
             warnings.warn(f"{type(root).__name__}: {said}", VeneerWarning, stacklevel=4)
+    config = config.resolved(below, [_path(place) for place in places])
     with torch.device("cpu" if start else "meta"):
         planned: list[tuple[Place, Adapter]] = [(place, _build(modules, place, config)) for place in places]
         shared = _share(method, planned, config)
+        planned += _companions(root, modules, config, planned, start)
+    _tie_adapters(adapter for _, adapter in planned)
     more = _biases(below, config, dict(planned), start)
     for (path, _), adapter in [*planned, *more]:
         _fit(adapter, modules[path], autocast)
@@ -77,8 +83,8 @@ def attach(
         if shared is not None:
             shared.reset()
         for _, adapter in planned:
+            adapter.prepared = not (isinstance(adapter, method) and method.needs_data(config))
             adapter.reset()
-            adapter.prepared = not method.needs_data(config)
     copies = _copies(below, config, optional_copies)
     for path, copy in copies.items():
         _fit(copy, modules[path], autocast)
@@ -137,6 +143,7 @@ def _build(modules: Mapping[str, nn.Module], place: Place, config: ModuleConfig)
 
     Raises:
         TargetError: The method cannot adapt what is there.
+        ConfigError: Its settings do not fit what is there.
     """
     path, parameter = place
     module, parent = modules[path], modules[path.rpartition(".")[0]]
@@ -144,8 +151,9 @@ def _build(modules: Mapping[str, nn.Module], place: Place, config: ModuleConfig)
     cls: type[Adapter] = config.method()
     if (cls.kinds or parameter is not None) and (site is None or site.kind not in cls.kinds):
         what = f"a {site.kind} layer" if site is not None else "no layer with a weight that is known"
+        kinds = ", ".join(sorted(cls.kinds)) or "outputs of"
         raise TargetError(
-            f"{path} is a {type(module).__name__}, {what}; {cls.__name__} adapts {', '.join(sorted(cls.kinds))} "
+            f"{path} is a {type(module).__name__}, {what}; {cls.__name__} adapts {kinds} "
             "layers. Narrow `target_modules`, or name the module in `exclude_modules`."
         )
     if isinstance(parent, nn.MultiheadAttention):
@@ -161,7 +169,72 @@ def _build(modules: Mapping[str, nn.Module], place: Place, config: ModuleConfig)
     if isinstance(parent, nn.TransformerEncoderLayer):
         # Its fused inference kernel reads the weights of its layers without calling them.
         torch.backends.mha.set_fastpath_enabled(False)
-    return cls(site, config.at(_path(place)))
+    try:
+        return cls(site, config.at(_path(place)))
+    except ConfigError as error:
+        raise ConfigError(f"{_path(place)}: {error}") from error
+
+
+def _companions(
+    root: nn.Module,
+    modules: Mapping[str, nn.Module],
+    config: ModuleConfig,
+    planned: Iterable[tuple[Place, Adapter]],
+    start: bool,
+) -> list[tuple[Place, Adapter]]:
+    """The adapters of what is attached beside the method.
+
+    Raises:
+        TargetError: The method adapts the same place.
+    """
+    below = {path: module for path, module in modules.items() if path}
+    taken = {place for place, _ in planned}
+    beside: list[tuple[ModuleConfig, list[Place]]] = []
+    for companion in config.companions():
+        companion = companion.on(root, below)
+        chosen: list[Place] = [(path, None) for path in match(root, companion, strict=start, modules=below)]
+        if twice := taken.intersection(chosen):
+            raise TargetError(
+                f"{_path(min(twice))} is adapted by {type(config).__name__} and by {type(companion).__name__} under "
+                "one name. Leave it out of the targets of one of them, or use two adapters and activate both."
+            )
+        taken.update(chosen)
+        beside.append((companion, chosen))
+    for companion, chosen in beside:
+        chosen += _followers(below, chosen, companion, taken)
+    return [(place, _build(modules, place, companion)) for companion, chosen in beside for place in chosen]
+
+
+def _followers(
+    modules: Mapping[str, nn.Module], places: Iterable[Place], config: ModuleConfig, taken: Iterable[Place]
+) -> list[Place]:
+    """Places that are adapted because they have their weight from an embedding that is."""
+    if not config.method().ties:
+        return []
+    known = {path for path, parameter in taken if parameter is None}
+    here = [path for path, parameter in places if parameter is None]
+    embeddings = [path for path in here if isinstance(modules[path], nn.Embedding)]
+    followers = [other for path in embeddings for other in tied_modules(modules, path) if other not in known]
+    for path in here:
+        if left := [other for other in tied_modules(modules, path) if other not in known.union(followers)]:
+            warnings.warn(
+                f"{path} shares its weight with {', '.join(left)}, where the frozen weight stays in use. Target the "
+                "embedding among them to train all of them as one.",
+                VeneerWarning,
+                stacklevel=5,
+            )
+    return [(path, None) for path in dict.fromkeys(followers)]
+
+
+def _tie_adapters(adapters: Iterable[Adapter]) -> None:
+    """Lets adapters of layers that share a weight train the same tensors, where the method wants it."""
+    first: dict[int, Adapter] = {}
+    for adapter in adapters:
+        if adapter.ties and adapter.site is not None:
+            weight = adapter.site.module.get_parameter(adapter.site.name)
+            leader = first.setdefault(id(weight), adapter)
+            if leader is not adapter:
+                adapter.tie(leader)
 
 
 def _path(place: Place) -> str:
@@ -313,7 +386,7 @@ def _copies(modules: Mapping[str, nn.Module], config: ModuleConfig, optional: It
         chosen.update(dict.fromkeys(matches))
     if getattr(config, "ensure_weight_tying", False):
         tied = [other for path in chosen for other in tied_modules(modules, path)]
-        if not tied:
+        if not tied and not config.companions():
             warnings.warn(
                 "ensure_weight_tying=True ties nothing: no module of modules_to_save shares its weight with another.",
                 VeneerWarning,

@@ -101,6 +101,9 @@ def fill(
         )
     if shared is not None:  # first: adapters may make what the file lacks from it
         shared.from_file({key: given[above + key] for key in shared.to_file() if above + key in given})
+        devices = [adapter.site.device for _, adapter, _ in adapters if adapter.site is not None]
+        if devices and devices[0].type != "meta":
+            shared.to(devices[0])  # what was created without memory lies where the file was read
     for key, adapter, own in adapters:
         names = dict.fromkeys([*(tensor_name for tensor_name, _ in own), *adapter.optional])
         adapter.from_file({own_name: given[f"{key}.{own_name}"] for own_name in names if f"{key}.{own_name}" in given})
@@ -142,19 +145,34 @@ def save(
         CheckpointError: It could not be written; what the folder held before is unchanged.
         ConfigError: The configuration has no form in JSON; as above.
     """
-    text = config.to_text()
     given = adapter_tensors(root, name, prefix) if tensors is None else tensors
-    tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in given.items()}
     _warn_if_resized(root, config)
+    write(given, config, folder, fingerprint(root, name))
+
+
+def write(given: Mapping[str, Tensor], config: PeftConfig, folder: Path, base: Mapping[str, Any]) -> None:
+    """Writes an adapter's two files.
+
+    Args:
+        given: Tensors by their names in a file.
+        config: The configuration.
+        folder: Where to.
+        base: The fingerprint of the base model; empty where that is not known.
+
+    Raises:
+        CheckpointError: They could not be written; what the folder held before is unchanged.
+        ConfigError: The configuration has no form in JSON; as above.
+    """
+    text = config.to_text()
+    tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in given.items()}
     seen: set[int] = set()
     for key, tensor in tensors.items():  # tied copies share memory, which the format does not allow
         if tensor.data_ptr() in seen:
             tensors[key] = tensor.clone()
         seen.add(tensor.data_ptr())
-    base = fingerprint(root, name)
     header = {"format": "pt", HEADER: json.dumps({"sha256": checksum(tensors, base), "base": base})}
 
-    def write(path: Path) -> None:
+    def fill_tensors(path: Path) -> None:
         try:
             save_file(tensors, path, metadata=header)
         except SafetensorError as error:
@@ -162,7 +180,9 @@ def save(
             raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
 
     # The configuration comes last: a folder with one is a folder with an adapter.
-    files.write_together({folder / WEIGHTS_NAME: write, folder / CONFIG_NAME: lambda path: files.fill_text(path, text)})
+    files.write_together(
+        {folder / WEIGHTS_NAME: fill_tensors, folder / CONFIG_NAME: lambda path: files.fill_text(path, text)}
+    )
 
 
 def _warn_if_resized(root: nn.Module, config: PeftConfig) -> None:
@@ -187,28 +207,48 @@ def _warn_if_resized(root: nn.Module, config: PeftConfig) -> None:
         )
 
 
-def read(source: str | Path, *, allow_pickle: bool = False, **hub: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(
+    source: str | Path,
+    *,
+    allow_pickle: bool = False,
+    safe: str = WEIGHTS_NAME,
+    pickled: str = PICKLE_NAME,
+    **hub: Any,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header of an adapter in a folder or on the hub.
 
     Args:
         source: A folder or a hub id.
-        allow_pickle: Also read `adapter_model.bin`, a pickle, of older adapters.
+        allow_pickle: Also read a pickle, of older adapters.
+        safe: Name of the safetensors file.
+        pickled: Name of the pickle.
         hub: As in `files.find`.
 
     Raises:
         CheckpointError: The file is missing, truncated or corrupted.
     """
-    path = files.find(source, WEIGHTS_NAME, required=False, **hub)
+    path = files.find(source, safe, required=False, **hub)
     if not path.is_file():
-        older = files.find(source, PICKLE_NAME, required=False, **hub)
+        older = files.find(source, pickled, required=False, **hub)
         if not older.is_file():
-            raise CheckpointError(f"{path.parent} has no {WEIGHTS_NAME}. Name the folder that an adapter was saved to.")
+            raise CheckpointError(f"{path.parent} has no {safe}. Name the folder that an adapter was saved to.")
+        return read_file(older, allow_pickle=allow_pickle)
+    return read_file(path)
+
+
+def read_file(path: Path, *, allow_pickle: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of one file; all but safetensors are pickles.
+
+    Raises:
+        CheckpointError: The file is truncated or corrupted, or a pickle that may not be read.
+    """
+    if path.suffix != ".safetensors":
         if not allow_pickle:
             raise CheckpointError(
-                f"{older} is a pickle, and loading one can run code. If you trust where it comes from, pass "
+                f"{path} is a pickle, and loading one can run code. If you trust where it comes from, pass "
                 "allow_pickle=True, and save the adapter again to get a safetensors file."
             )
-        return _read_pickle(older), {}
+        return _read_pickle(path), {}
     try:
         # At once: with hundreds of small tensors, asking the file for each takes longer than all the rest.
         data = path.read_bytes()

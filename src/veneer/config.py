@@ -1,31 +1,28 @@
-"""Configurations of methods: their registry, their JSON file, and methods written as strings.
+"""Configurations of methods, and their JSON file.
 
-A method is a dataclass derived from `PeftConfig` whose `adapter` names the module that implements it. Registering it
-makes it loadable from files (`peft_type`) and from strings (`"lora:r=16"`). Modules in `veneer.methods`, and those that
-other packages name in the entry-point group `veneer.methods`, register themselves when they are imported.
+A method is a dataclass derived from `PeftConfig` whose `adapter` names the class that carries it out. Registering it
+(`registry.py`) makes it loadable from files (`peft_type`) and from strings (`"lora:r=16"`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.metadata
 import json
-import pkgutil
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
-
-import yaml
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from veneer import field_types, files
 from veneer.errors import CheckpointError, ConfigError, VeneerWarning, nearest
+from veneer.registry import config_class
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from veneer.adapter import Adapter
 
 CONFIG_NAME = "adapter_config.json"
@@ -45,30 +42,52 @@ class TaskType(StrEnum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
-class _PeftTypes(type):
-    """Answers any registered name, so that the list of methods is never closed."""
-
-    def __getattr__(cls, name: str) -> str:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        try:
-            return config_class(name).peft_name or name
-        except ConfigError as error:
-            raise AttributeError(str(error)) from error  # what `hasattr` expects
-
-    def __iter__(cls) -> Iterator[str]:
-        _discover()
-        return iter(sorted(_by_peft_type))
-
-
-class PeftType(metaclass=_PeftTypes):
-    """Names of methods in files, as attributes: `PeftType.LORA == "LORA"`."""
-
-
 def planned(default: Any, what: str) -> Any:
     """A field of `peft`'s files that can be read, but of which only the default is carried out in this version."""
     make = {"default_factory": default} if callable(default) else {"default": default}
     return field(**make, metadata={"planned": what})
+
+
+def own(default: Any) -> Any:
+    """A field that `peft`'s class of the method has not: written to files only where it says more than the default."""
+    return field(default=default, metadata={"own": True})
+
+
+@dataclass(frozen=True)
+class Nested:
+    """Settings that stand together in one field of a configuration.
+
+    Raises:
+        ConfigError: A value is of another type than its field declares.
+    """
+
+    def __post_init__(self) -> None:
+        field_types.check(self)
+
+    def at(self, path: str) -> Self:
+        """These settings as they hold for the module at `path`."""
+        return self
+
+    def unused(self, paths: Collection[str]) -> Iterator[str]:
+        """As in `ModuleConfig`."""
+        yield from ()
+
+
+def nested(cls: type[Nested], value: Any, where: str) -> Any:
+    """Nested settings as their own class; files and method strings give a mapping.
+
+    Raises:
+        ConfigError: It is neither, or has a setting that is not known.
+    """
+    if value is None or isinstance(value, cls):
+        return value
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}={value!r}; a {cls.__name__} or a mapping of its settings was expected.")
+    known = {entry.name for entry in dataclasses.fields(cls)}
+    for key in value:
+        if key not in known:
+            raise ConfigError(f"{where}: {cls.__name__} has no setting {key!r}.{nearest(str(key), known)}")
+    return cls(**value)
 
 
 @dataclass
@@ -91,6 +110,8 @@ class PeftConfig:
     adapter: ClassVar[Any] = None
     """The `Adapter` class that carries the method out."""
     peft_name: ClassVar[str | None] = None
+    own_fields: ClassVar[frozenset[str]] = frozenset()
+    """Inherited fields that `peft`'s class of the method has not, and would warn of: treated as those made by `own`."""
     learning_rates: ClassVar[Mapping[str, float]] = {"classification": 1e-3, "causal-lm": 5e-4}
     """Where a run names none: adapters start near zero and want some ten times the rates of full fine-tuning; a new
     head wants the higher one, and language models lose sooner what they know."""
@@ -138,13 +159,25 @@ class PeftConfig:
         """This configuration as it holds for the module at `path` (patterns resolved)."""
         return self
 
+    def begin(self, steps: int) -> None:
+        """Called when a training begins, with the number of its optimiser steps; for methods with a schedule.
+
+        Raises:
+            ConfigError: They do not suffice.
+        """
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-compatible values.
 
         Raises:
             ConfigError: A field holds a function, for example a predicate as `target_modules`.
         """
-        return {entry.name: _plain(getattr(self, entry.name), entry.name) for entry in dataclasses.fields(self)}
+        return {
+            entry.name: _plain(getattr(self, entry.name), entry.name)
+            for entry in dataclasses.fields(self)
+            if not ("own" in entry.metadata or entry.name in self.own_fields)
+            or getattr(self, entry.name) != entry.default
+        }
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Writes `adapter_config.json` into the folder, completely or not at all."""
@@ -156,8 +189,9 @@ class PeftConfig:
         Raises:
             ConfigError: A value has no form in JSON.
         """
-        try:
-            return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        values = self.to_dict()
+        try:  # fields are sorted; patterns keep their order, since the first that matches counts
+            return json.dumps({name: values[name] for name in sorted(values)}, indent=2) + "\n"
         except TypeError as error:
             raise ConfigError(f"{type(self).__name__} cannot be written to a file: {error}.") from error
 
@@ -179,8 +213,11 @@ class PeftConfig:
             ) from error
         if not isinstance(values, dict):
             raise CheckpointError(f"{path}: a JSON object was expected, found a {type(values).__name__}.")
-        values.update(overrides)
-        return cls.from_dict(values, where=str(path))
+        from veneer import legacy
+
+        if "peft_type" not in values:
+            return dataclasses.replace(legacy.load(pretrained_model_name_or_path, **hub)[0], **overrides)
+        return cls.from_dict({**legacy.settings(values, str(path)), **overrides}, where=str(path))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "adapter configuration") -> PeftConfig:
@@ -223,16 +260,21 @@ class ModuleConfig(PeftConfig):
         layers_pattern: Name of the list that the layers stand in, where it is not found by itself.
         modules_to_save: Modules that are trained as a whole, in a copy of their own; by the end of their path, as
             `peft` reads it, so that `classifier` means `pre_classifier` too.
+        target_parameters: Bare parameters to adapt, such as `"experts.gate_up_proj"`.
     """
 
     default_targets: ClassVar[tuple[Any, ...]] = ()
     """What `target_modules=None` means: the first that matches. Empty means the query and value projections."""
+    patterns: ClassVar[Mapping[str, str]] = {}
+    """Fields that hold settings of single places, by the end of their path or a regular expression for it, each with
+    the field that it stands in for: `{"rank_pattern": "r"}`."""
 
     target_modules: Any = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    target_parameters: list[str] | None = own(None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -255,10 +297,46 @@ class ModuleConfig(PeftConfig):
                 )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern was given without layers_to_transform, so it would choose nothing.")
+        for name in self.patterns:
+            for pattern in getattr(self, name) or ():
+                check_expression(name, pattern)
+
+    def at(self, path: str) -> Self:
+        changes = {}
+        for name, setting in self.patterns.items():
+            value = by_pattern(getattr(self, name) or {}, path, getattr(self, setting))
+            if value != getattr(self, setting):
+                changes[setting] = value
+        return dataclasses.replace(self, **changes) if changes else self
+
+    def on(self, root: nn.Module, modules: Mapping[str, nn.Module]) -> Self:
+        """This configuration with its targets filled in where they depend on the model as a whole.
+
+        Args:
+            root: The model.
+            modules: Its modules by path, without adapters.
+        """
+        return self
+
+    def companions(self) -> Sequence[ModuleConfig]:
+        """Methods that are attached beside this one, under the same name, to places that it does not adapt."""
+        return ()
+
+    def resolved(self, modules: Mapping[str, nn.Module], paths: Sequence[str]) -> Self:
+        """This configuration with what it leaves to the model filled in, as it is saved.
+
+        Args:
+            modules: All modules of the model by path.
+            paths: Those that are adapted.
+        """
+        return self
 
     def unused(self, paths: Collection[str]) -> Iterator[str]:
         """Settings for single places that none of the adapted ones makes use of, each as a sentence."""
-        yield from ()
+        for name in self.patterns:
+            patterns = getattr(self, name) or ()
+            if idle := [pattern for pattern in patterns if not any(matches(pattern, path) for path in paths)]:
+                yield f"{name}: {idle} match none of the adapted modules."
 
 
 @dataclass
@@ -275,14 +353,55 @@ class WeightConfig(ModuleConfig):
         ConfigError: `bias` is none of these.
     """
 
+    bias_only: ClassVar[str | None] = None
+    """The name of `"<method>_only"` where it is not that of the method."""
+
     bias: str = "none"
     fan_in_fan_out: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        allowed = ("none", "all", f"{(self.peft_name or 'method').lower()}_only")
+        allowed = ("none", "all", self.bias_only or f"{(self.peft_name or 'method').lower()}_only")
         if self.bias.lower() not in allowed:
             raise ConfigError(f"{type(self).__name__}: bias={self.bias!r}; one of {', '.join(allowed)} was expected.")
+
+
+def by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """The value of the first pattern that matches."""
+    return next((value for pattern, value in patterns.items() if matches(pattern, path)), default)
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether the pattern matches the end of the path at a dot."""
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+
+
+def check_positive(config: PeftConfig, *names: str) -> None:
+    """Refuses zero and negative numbers in these fields; of patterns, in their values.
+
+    Raises:
+        ConfigError: So.
+    """
+    for name in names:
+        value = getattr(config, name)
+        values = {f"{name}[{key!r}]": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+        for where, number in values.items():
+            if number is not None and number <= 0:
+                kind = "number" if isinstance(number, float) else "whole number"
+                raise ConfigError(f"{type(config).__name__}: {where}={number!r}; a positive {kind} was expected.")
+
+
+def check_shares(config: PeftConfig, *names: str) -> None:
+    """Refuses what is no share to be dropped, in [0, 1).
+
+    Raises:
+        ConfigError: So.
+    """
+    for name in names:
+        if not 0 <= getattr(config, name) < 1:
+            raise ConfigError(
+                f"{type(config).__name__}: {name}={getattr(config, name)!r}; a share in [0, 1) was expected."
+            )
 
 
 def check_expression(setting: str, expression: str) -> None:
@@ -297,174 +416,9 @@ def check_expression(setting: str, expression: str) -> None:
         raise ConfigError(f"{setting}: {expression!r} is not a valid regular expression: {error}.") from error
 
 
-ConfigClass = TypeVar("ConfigClass", bound=type[PeftConfig])
-
-_by_peft_type: dict[str, type[PeftConfig]] = {}
-_by_name: dict[str, tuple[type[PeftConfig], dict[str, Any]]] = {}
-_discovered = False
-
-
-def register(name: str, **preset: Any) -> Callable[[ConfigClass], ConfigClass]:
-    """Class decorator that enters a configuration under a method name; fields in `preset` differ from its defaults.
-
-    Raises:
-        ConfigError: Another class already has the name or the `peft_name`.
-    """
-
-    def enter(cls: ConfigClass) -> ConfigClass:
-        if cls.peft_name is None or cls.adapter is None:
-            raise ConfigError(f"{cls.__name__} needs the class attributes `peft_name` and `adapter` to be registered.")
-        for table, key, old in (
-            ("method", name, _by_name.get(name, (cls,))[0]),
-            ("peft_type", cls.peft_name, _by_peft_type.get(cls.peft_name, cls)),
-        ):
-            if old is not cls and (old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):
-                raise ConfigError(f"The {table} {key!r} of {cls.__name__} is already taken by {old.__name__}.")
-        _by_name[name] = (cls, preset)
-        _by_peft_type[cls.peft_name] = cls
-        return cls
-
-    return enter
-
-
-def _discover() -> None:
-    """Imports every module that registers a method."""
-    global _discovered
-    if _discovered:
-        return
-    from veneer import methods
-
-    for module in pkgutil.iter_modules(methods.__path__):
-        importlib.import_module(f"{methods.__name__}.{module.name}")
-    for entry_point in importlib.metadata.entry_points(group="veneer.methods"):
-        try:
-            entry_point.load()
-        except Exception as error:  # one broken package may not take all other methods away
-            warnings.warn(
-                f"The methods of {entry_point.value!r}, which an installed package offers as {entry_point.name!r}, are "
-                f"left out: {type(error).__name__}: {error}. Update that package or remove it.",
-                VeneerWarning,
-                stacklevel=3,
-            )
-    _discovered = True
-
-
-def method_names() -> list[str]:
-    """All registered method names, sorted."""
-    _discover()
-    return sorted(_by_name)
-
-
-def methods() -> Iterator[tuple[str, type[PeftConfig], dict[str, Any]]]:
-    """Name, configuration class and preset fields of every registered method, sorted by name."""
-    _discover()
-    for name in sorted(_by_name):
-        yield name, *_by_name[name]
-
-
-def config_class(peft_type: str, where: str = "") -> type[PeftConfig]:
-    """The configuration class whose files carry this `peft_type`.
-
-    Raises:
-        ConfigError: No registered method has it.
-    """
-    if peft_type not in _by_peft_type:
-        _discover()
-    if peft_type not in _by_peft_type:
-        raise ConfigError(
-            f"{where + ': ' if where else ''}peft_type {peft_type!r} is no method of this version."
-            f"{nearest(peft_type, _by_peft_type)} It has {', '.join(sorted(_by_peft_type))}."
-        )
-    return _by_peft_type[peft_type]
-
-
 def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
     """The configuration that the values of an `adapter_config.json` describe."""
     return PeftConfig.from_dict(config_dict)
-
-
-def parse_method(spec: str | Mapping[str, Any] | PeftConfig) -> PeftConfig:
-    """The configuration that a method string or mapping describes.
-
-        >>> parse_method("lora:r=4,target_modules=[query,value]").r
-        4
-        >>> parse_method({"name": "lora", "lora_alpha": 32}).lora_alpha
-        32
-
-    Values are written as in YAML; commas inside brackets do not separate settings.
-
-    Raises:
-        ConfigError: Unknown method or setting, or a value of the wrong type; names the nearest known one.
-    """
-    if isinstance(spec, PeftConfig):
-        return spec
-    values: dict[str, Any]
-    if isinstance(spec, str):
-        name, _, rest = spec.partition(":")
-        values = {}
-        for key, value in (_parse_setting(part, spec) for part in _split(rest)):
-            if key in values:
-                raise ConfigError(f"Method string {spec!r}: {key!r} is set twice. Leave one of them out.")
-            values[key] = value
-    elif not isinstance(spec, Mapping):
-        raise ConfigError(
-            f"{spec!r} describes no method. Give a string such as 'lora:r=8', a mapping with a 'name', or a "
-            "configuration."
-        )
-    else:
-        values = dict(spec)
-        if "name" not in values:
-            raise ConfigError(f"The method {values!r} has no 'name'. Give one of {', '.join(method_names())}.")
-        name = values.pop("name")
-    names = method_names()
-    if name not in names:
-        raise ConfigError(f"Unknown method {name!r}.{nearest(str(name), names)} Known: {', '.join(names)}.")
-    cls, preset = _by_name[name]
-    fields = {entry.name for entry in dataclasses.fields(cls)}
-    for key in values:
-        if key not in fields:
-            raise ConfigError(f"The method {name!r} has no setting {key!r}.{nearest(str(key), fields)}")
-    return cls(**{**preset, **values})
-
-
-def _split(text: str) -> list[str]:
-    """Splits at commas that are not inside brackets or quotes."""
-    parts, depth, quote, start = [], 0, "", 0
-    for i, character in enumerate(text):
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "\"'":
-            quote = character
-        elif character in "[{(":
-            depth += 1
-        elif character in "]})":
-            depth -= 1
-        elif character == "," and depth == 0:
-            parts.append(text[start:i])
-            start = i + 1
-    return [part for part in [*parts, text[start:]] if part.strip()]
-
-
-def _parse_setting(part: str, spec: str) -> tuple[str, Any]:
-    key, equals, value = part.partition("=")
-    if not equals:
-        raise ConfigError(f"Method string {spec!r}: {part!r} is not of the form setting=value.")
-    try:
-        return key.strip(), yaml.load(value, _Yaml)  # a safe loader
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"Method string {spec!r}: the value of {key.strip()!r} is not readable: {value!r}. "
-            "Close its brackets, or put it in quotes."
-        ) from error
-
-
-class _Yaml(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as it is in JSON and in later versions of YAML."""
-
-
-_Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 def _default(entry: dataclasses.Field[Any]) -> Any:

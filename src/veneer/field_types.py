@@ -6,16 +6,13 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from veneer.errors import ConfigError, nearest
 
-if TYPE_CHECKING:
-    from veneer.config import PeftConfig
 
-
-def check(settings: PeftConfig) -> None:
-    """Holds every field to its type; fields that are only planned have a rule of their own.
+def check(settings: Any) -> None:
+    """Holds every field of a dataclass to its type; fields that are only planned have a rule of their own.
 
     Raises:
         ConfigError: A value is of another type.
@@ -56,7 +53,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 @functools.cache
-def _hints(cls: type[PeftConfig]) -> dict[str, Any]:
+def _hints(cls: type) -> dict[str, Any]:
     """Types of the fields; none where a type cannot be looked up, and then nothing is checked."""
     try:
         return get_type_hints(cls)

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from veneer import checkpoint
 from veneer.adapted import Switch
 from veneer.attach import attach, set_trainable, switch_of
-from veneer.config import PeftConfig, parse_method
+from veneer.config import PeftConfig
+from veneer.method_strings import parse_method
 from veneer.model import PeftModel
+from veneer.replication import replicated
 
 
 def inject_adapter_in_model(
@@ -27,7 +29,9 @@ def inject_adapter_in_model(
         TargetError, ConfigError: The configuration does not fit the model, which is left as it was.
     """
     switch = switch_of(model) or Switch()
-    attach(model, adapter_name, parse_method(peft_config), switch, start=not low_cpu_mem_usage)
+    config = parse_method(peft_config)
+    with replicated(model, config):
+        attach(model, adapter_name, config, switch, start=not low_cpu_mem_usage)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     switch.active = (adapter_name,)

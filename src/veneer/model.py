@@ -12,13 +12,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer import checkpoint
+from veneer import checkpoint, legacy
 from veneer.adapted import BASE, Adapted, Switch, adapters_of, wrappers
 from veneer.adapter import Adapter
 from veneer.attach import attach, check_name, detach, let_train, switch_of, untie, unwrap
-from veneer.config import PeftConfig, TaskType, parse_method
+from veneer.config import PeftConfig, TaskType
 from veneer.errors import ConfigError, StateError, UnsupportedError, nearest
 from veneer.files import HUB_ARGUMENTS
+from veneer.method_strings import parse_method
+from veneer.replication import replicated, restore, settle
 from veneer.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 
 # Arguments of `peft` that say where loaded tensors go, or how they are fetched from a disk.
@@ -39,9 +41,14 @@ PLACEMENT = frozenset(
 class BaseModel(nn.Module):
     """Holds the adapted model as `.model`, so that paths and file keys read `base_model.model.<path>` as in `peft`."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, holder: PeftModel) -> None:
         super().__init__()
         self.model = model
+        self._holder = [holder]  # in a list, so that it is no submodule
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """`PeftModel.update_and_allocate`, where training loops written for `peft` call it."""
+        self._holder[0].update_and_allocate(global_step)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -87,7 +94,7 @@ class PeftModel(nn.Module):
             raise ConfigError("The model already has adapters. Call its add_adapter(name, config) for another one.")
         if switch_of(model) is not None:
             raise ConfigError("The model holds adapters already. Call unload() on its PeftModel before wrapping it.")
-        self.base_model = BaseModel(model)
+        self.base_model = BaseModel(model, self)
         self.peft_config: dict[str, PeftConfig] = {}
         self.switch = Switch()
         self._places: list[Adapted] | None = None
@@ -102,7 +109,7 @@ class PeftModel(nn.Module):
                 parameter.requires_grad_(True)
             raise
         self.set_adapter(adapter_name)
-        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        if self._recomputes():
             self._let_gradients_through()
 
     def __getattr__(self, name: str) -> Any:
@@ -150,18 +157,26 @@ class PeftModel(nn.Module):
     @contextmanager
     def _noting(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
         """Lets adapters that ask for it see what the model is called with."""
-        readers = [method for method in self._methods.values() if method.reads_inputs]
+        readers = {name: method for name, method in self._methods.items() if method.reads_inputs}
         if not readers:
             yield
             return
         names = inspect.signature(self.get_base_model().forward).parameters
-        self.switch.inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-        for name in kwargs.keys() & frozenset().union(*(method.own_inputs for method in readers)):
+        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        for name, method in readers.items():
+            inputs |= method.note(inputs, self.peft_config[name])
+        self.switch.inputs = inputs
+        for name in kwargs.keys() & frozenset().union(*(method.own_inputs for method in readers.values())):
             del kwargs[name]
         try:
             yield
         finally:
-            self.switch.inputs = None
+            if not (self.training and torch.is_grad_enabled() and self._recomputes()):
+                self.switch.inputs = None
+
+    def _recomputes(self) -> bool:
+        """Whether layers run again in the backward pass, where they need what the model was last called with."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.get_base_model().modules())
 
     def _with_penalties(self, output: Any) -> Any:
         """Adds the terms that active methods put into the loss; the model's loss is the sum, as in `peft`."""
@@ -182,17 +197,21 @@ class PeftModel(nn.Module):
         found = adapters_of(self.get_base_model(), name)
         return {wrapper.place: adapter for wrapper, adapter in found if isinstance(adapter, method)}
 
-    def update_and_allocate(self, global_step: int) -> None:
+    def update_and_allocate(self, global_step: int, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Lets methods with a schedule move their budget; for training loops of one's own, after `optimizer.step()`.
 
         Args:
             global_step: The step, from 0.
+            optimizer: The optimiser, for methods that replace what they train (`spiel`).
         """
         for name in self.switch.active:
             config = self.peft_config[name]
             method = config.method()
             if method.allocate.__func__ is not Adapter.allocate.__func__:  # type: ignore[attr-defined]
-                method.allocate(self._adapters(name), config, global_step)
+                renewed = method.allocate(self._adapters(name), config, global_step)
+                if optimizer is not None:
+                    for entries in renewed or ():
+                        entries.tell(optimizer)
 
     def kept_schedules(self) -> dict[str, dict[str, Tensor]]:
         """What methods with a schedule go by and adapter files do not hold, by the adapter's name."""
@@ -285,7 +304,10 @@ class PeftModel(nn.Module):
             config.base_model_name_or_path = (
                 getattr(base_config, "name_or_path", None) or getattr(base_config, "_name_or_path", None) or None
             )
-        self.peft_config[name] = attach(root, name, config, self.switch, optional_copies=self.heads, **how)
+        with replicated(root, config):
+            self.peft_config[name] = attach(root, name, config, self.switch, optional_copies=self.heads, **how)
+        for _, adapter in adapters_of(root, name):
+            adapter.train(self.training)
         self._methods[name] = self.peft_config[name].method()
         self._places = None
 
@@ -418,6 +440,7 @@ class PeftModel(nn.Module):
             self.merge_adapter(adapter_names, safe_merge)
         root = self.get_base_model()
         unwrap(root, _innermost)
+        settle(root)
         untie(root)
         return root
 
@@ -426,6 +449,7 @@ class PeftModel(nn.Module):
         self.unmerge_adapter()
         root = self.get_base_model()
         unwrap(root, _innermost)
+        restore(root)
         return root
 
     def add_weighted_adapter(
@@ -453,7 +477,9 @@ class PeftModel(nn.Module):
         Args:
             save_directory: The folder; made if absent.
             selected_adapters: Which ones; all if none.
-            kwargs: `is_main_process` as in `peft`; other arguments of its `save_pretrained` have no use here.
+            kwargs: `is_main_process` as in `peft`. `path_initial_model_for_weight_conversion` writes adapters that
+                started as part of the weight (PiSSA and the like) as plain LoRA of twice the rank; what they started
+                from is known, so the folder that it names is not read. Other arguments of `peft` have no use here.
 
         Raises:
             CheckpointError: A file could not be written; earlier files are unchanged.
@@ -475,11 +501,6 @@ class PeftModel(nn.Module):
                 "save_embedding_layers=True: what an adapter trains is saved, and nothing else. Name the embeddings in "
                 "modules_to_save before training."
             )
-        if kwargs.get("path_initial_model_for_weight_conversion") is not None:
-            raise ConfigError(
-                "path_initial_model_for_weight_conversion: starting values that change the base model are not in this "
-                "version. Leave it out."
-            )
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self._known(names)
         for name in names:
@@ -488,7 +509,13 @@ class PeftModel(nn.Module):
             inference = config.inference_mode
             config.inference_mode = True
             try:
-                checkpoint.save(self.get_base_model(), name, config, folder)
+                if kwargs.get("path_initial_model_for_weight_conversion") is None:
+                    checkpoint.save(self.get_base_model(), name, config, folder)
+                else:
+                    from veneer.combine.convert import without_start
+
+                    plain, tensors = without_start(self, name)
+                    checkpoint.save(self.get_base_model(), name, plain, folder, tensors=tensors)
             finally:
                 config.inference_mode = inference
 
@@ -510,13 +537,13 @@ class PeftModel(nn.Module):
 
         Args:
             model: The base model that it was trained on.
-            model_id: Folder or hub id of the adapter.
+            model_id: Folder or hub id of the adapter; also those of older and other libraries that `legacy` reads.
             adapter_name: Name to load it under.
             is_trainable: Leave it trainable.
             config: Use this configuration instead of the saved one.
             autocast_adapter_dtype: Keep it in float32 where the base model is in a 16-bit type.
             check_base: Refuse a base model whose weights are not those that the adapter was trained on.
-            allow_pickle: Read an `adapter_model.bin` too.
+            allow_pickle: Read pickles too, such as `adapter_model.bin`.
             low_cpu_mem_usage: Kept for `peft`; adapters are always filled without being initialised first.
             hub: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, `force_download`. Those that place
                 tensors in `peft` (`torch_device`, `device_map`, ...) have no use: adapters lie where layers compute.
@@ -526,8 +553,7 @@ class PeftModel(nn.Module):
             BaseMismatchError: The adapter was trained on another base model.
         """
         hub = _for_the_hub(hub)
-        tensors, header = checkpoint.read(model_id, allow_pickle=allow_pickle, **hub)
-        config = config or PeftConfig.from_pretrained(model_id, **hub)
+        config, tensors, header = legacy.load(model_id, config, model, allow_pickle=allow_pickle, **hub)
         wanted = class_for(config) if cls is PeftModel else cls
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         result = wanted(model, config, adapter_name, autocast_adapter_dtype, start=False)
@@ -555,8 +581,8 @@ class PeftModel(nn.Module):
         """Loads a saved adapter beside the present ones; arguments and errors as in `from_pretrained`."""
         self._unmerged("load an adapter")
         hub = _for_the_hub(hub)
-        tensors, header = checkpoint.read(model_id, allow_pickle=allow_pickle, **hub)
-        config = config or PeftConfig.from_pretrained(model_id, **hub)
+        root = self.get_base_model()
+        config, tensors, header = legacy.load(model_id, config, root, allow_pickle=allow_pickle, **hub)
         self._add(adapter_name, config, start=False, autocast=autocast_adapter_dtype)
         try:
             self._take(adapter_name, tensors, header, str(model_id), check_base, is_trainable)
@@ -578,8 +604,6 @@ class PeftModel(nn.Module):
             checkpoint.check_base(root, name, header, where)
         checkpoint.fill(root, name, tensors, where=where)
         self.peft_config[name].inference_mode = not trainable
-        for _, adapter in adapters_of(root, name):
-            adapter.train(self.training)
         self._train([name] if trainable and name in self.switch.active else (), [name])
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> None:

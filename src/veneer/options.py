@@ -1,7 +1,7 @@
 """What a run is made of: one typed tree, filled from a YAML file and from flags (`cli.py`), or in Python.
 
 The sections are `model`, `method`, `data`, `training` and `output`. The method section is a method string
-(`"lora:r=16"`) or a mapping with a `name` (`{"name": "lora", "r": 16}`); `config.parse_method` checks it.
+(`"lora:r=16"`) or a mapping with a `name` (`{"name": "lora", "r": 16}`); `method_strings.parse_method` checks it.
 The training section takes every field of `transformers.TrainingArguments` by its own name.
 """
 
@@ -50,6 +50,8 @@ class DataOptions:
         train_on: Which tokens of a language-modelling example carry loss.
         limit: Use at most this many training examples.
         validation_limit: Use at most this many held-out examples.
+        preparation_batches: Batches of training examples that are shown to the method before training, where it asks
+            for data (EVA, CorDA, LoRA-GA, masks by gradient); methods that ask for none are shown none.
     """
 
     train: str
@@ -63,6 +65,7 @@ class DataOptions:
     train_on: Literal["completions", "all"] = "completions"
     limit: int | None = None
     validation_limit: int | None = None
+    preparation_batches: int = 32
 
 
 @dataclass

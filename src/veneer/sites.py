@@ -123,6 +123,12 @@ class Site:
         """`apply(x, up @ down, None)` without forming the product; `down` is `(r, in)` and `up` is `(out, r)`."""
         return self.apply(x, up @ down, None)
 
+    def add_factored(self, x: Tensor, y: Tensor, down: Tensor, up: Tensor, scale: float = 1.0) -> Tensor:
+        """y + scale * apply_factored(x, down, up), in the type of y, an output of the layer."""
+        if x.is_floating_point():
+            x = x.to(down.dtype)
+        return y + (scale * self.apply_factored(x.to(down.device), down, up)).to(y.dtype)
+
     def per_channel(self, factor: Tensor, y: Tensor) -> Tensor:
         """`(out,)` in the shape in which it multiplies a layer output."""
         return factor.to(y.dtype)
@@ -135,6 +141,11 @@ class Site:
 class LinearSite(Site):
     kind = "linear"
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the layer computes `F.linear` of its input, and nothing else."""
+        return self._runs(nn.Linear, *_conv1d_classes())
+
     def apply(
         self,
         x: Tensor,
@@ -143,12 +154,19 @@ class LinearSite(Site):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Tensor:
-        if not self._runs(nn.Linear, *_conv1d_classes()):
+        if not self.is_plain:
             return super().apply(x, weight, bias, args, kwargs)
         return F.linear(x.to(weight.device), weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def apply_factored(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         return F.linear(F.linear(x, down), up)
+
+    def add_factored(self, x: Tensor, y: Tensor, down: Tensor, up: Tensor, scale: float = 1.0) -> Tensor:
+        if y.dtype != down.dtype:
+            return super().add_factored(x, y, down, up, scale)
+        # One product that adds onto y: no tensor for the delta, none for its scaling.
+        hidden = F.linear(x.to(down.device, down.dtype).reshape(-1, x.shape[-1]), down)
+        return torch.addmm(y.reshape(-1, y.shape[-1]), hidden, up.t(), alpha=scale).view(y.shape)
 
 
 class TransposedLinearSite(LinearSite):
@@ -206,6 +224,17 @@ class EmbeddingSite(Site):
     kind = "embedding"
     module: nn.Embedding
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is known all that the layer does with the rows that it looks up."""
+        return self._runs(nn.Embedding) or hasattr(self.module, "embed_scale")
+
+    def given(self, x: Tensor, rows: Tensor) -> Tensor:
+        """The layer's output where these are the rows that it looks up for x."""
+        y = self.without_padding(x, rows)
+        # Some models multiply the looked-up rows (Gemma, BART): theirs is the only further step that is known.
+        return y if self._runs(nn.Embedding) else y * self.module.embed_scale  # type: ignore[operator]
+
     def view(self, stored: Tensor) -> Tensor:
         return stored.t()
 
@@ -216,11 +245,9 @@ class EmbeddingSite(Site):
         return False
 
     def apply_factored(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        if not self._runs(nn.Embedding) and not hasattr(self.module, "embed_scale"):
+        if not self.is_plain:
             return super().apply_factored(x, down, up)
-        y = self.without_padding(x, F.linear(F.embedding(x, down.t()), up))
-        # Some models multiply the looked-up rows (Gemma, BART): theirs is the only further step that is known.
-        return y if self._runs(nn.Embedding) else y * self.module.embed_scale  # type: ignore[operator]
+        return self.given(x, F.linear(F.embedding(x, down.t()), up))
 
     def without_padding(self, x: Tensor, y: Tensor) -> Tensor:
         """Keeps gradients out of the padding row, which is looked up but never trained."""

@@ -15,16 +15,16 @@ from torch import nn
 
 from veneer.errors import TargetError
 
-PLACES = ("attention-output", "ffn-output")
+PLACES = ("attention-output", "ffn-output", "attention-keys", "attention-values")
 """Names that `target_modules` understands, beside module names."""
 
-# Query and value projections, or the fused one, by the names in use; the first that a model has is taken.
-_ATTENTION_INPUTS = (
-    ("q_proj", "v_proj"),
-    ("query", "value"),
-    ("query_proj", "value_proj"),
-    ("q_lin", "v_lin"),
-    ("q", "v"),
+# Query, key and value projections, or the fused one, by the names in use; the first that a model has is taken.
+_PROJECTIONS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
     ("query_key_value",),
     ("qkv_proj",),
     ("c_attn",),
@@ -44,7 +44,9 @@ def place(name: str, modules: Mapping[str, nn.Module]) -> list[str]:
     Raises:
         TargetError: The model has no such place that can be found.
     """
-    found: dict[str, list[str]] = {place: [] for place in PLACES}
+    if name in ("attention-keys", "attention-values"):
+        return _projections(name, modules)
+    found: dict[str, list[str]] = {"attention-output": [], "ffn-output": []}
     for block in blocks(modules):
         linears = [p for p in modules if _inside(p, block) and is_linear(modules[p])]
         attentions: dict[str, list[str]] = {}  # attention module -> its projections
@@ -85,8 +87,40 @@ def blocks(modules: Mapping[str, nn.Module]) -> list[str]:
 
 def attention_inputs(modules: Mapping[str, nn.Module]) -> list[str] | None:
     """Names of the query and value projections, the usual places of low-rank adapters; none if there are none."""
+    names = _projection_names(modules)
+    return None if names is None else list(dict.fromkeys((names[0], names[-1])))
+
+
+def _projection_names(modules: Mapping[str, nn.Module]) -> tuple[str, ...] | None:
     leaves = {path.rpartition(".")[2] for path, module in modules.items() if is_linear(module)}
-    return next((list(names) for names in _ATTENTION_INPUTS if leaves.issuperset(names)), None)
+    return next((names for names in _PROJECTIONS if leaves.issuperset((names[0], names[-1]))), None)
+
+
+def _projections(name: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Paths of the key or value projections; of the fused ones where a model has those.
+
+    Raises:
+        TargetError: There are none that can be found.
+    """
+    names = _projection_names(modules) or ("",)
+    leaf = names[-1] if name == "attention-values" else names[len(names) // 2]
+    found = [
+        path
+        for path, module in modules.items()
+        if path.rpartition(".")[2] == leaf and is_linear(module) and in_attention(path, modules)
+    ]
+    if not found:
+        known = sorted({name for names in _PROJECTIONS for name in names})
+        raise TargetError(
+            f"The place {name!r} was not found in this model (looked for projections named {', '.join(known)} in "
+            "attention modules). Name the modules in `target_modules`."
+        )
+    return found
+
+
+def in_attention(path: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a module lies within an attention module."""
+    return any("Attention" in type(modules[above]).__name__ for above in _parents(path) if above in modules)
 
 
 def is_linear(module: nn.Module) -> bool:

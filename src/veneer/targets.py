@@ -121,6 +121,16 @@ def default_targets(config: ModuleConfig, root: nn.Module, modules: Mapping[str,
     return default
 
 
+def input_embedding(root: nn.Module, modules: Mapping[str, nn.Module]) -> str | None:
+    """Path of the embedding of the model's input tokens."""
+    try:
+        module = getattr(root, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:  # vision models have none
+        return None
+    found = None if module is None else frozen(module)
+    return next((path for path, other in modules.items() if other is found), None)
+
+
 def _choose(targets: Any, modules: Mapping[str, nn.Module], root: nn.Module, config: ModuleConfig) -> Iterable[str]:
     if callable(targets):
         return [path for path, module in modules.items() if targets(path, module)]

@@ -14,16 +14,25 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from veneer.config import PeftConfig, methods, parse_method
+from veneer.config import PeftConfig
+from veneer.method_strings import parse_method
+from veneer.model import PeftModel
+from veneer.preparation import prepare
+from veneer.registry import methods
 
 
-def settings_of(name: str) -> list[dict[str, Any]]:
-    """`SETTINGS` of the method's test module, `tests/methods/test_<name>.py`; the defaults where it has none."""
+def said_of(name: str, what: str, otherwise: Any) -> Any:
+    """What the method's test module, `tests/methods/test_<name>.py`, says under a name."""
     try:
         module = importlib.import_module(f"methods.test_{name}")
     except ModuleNotFoundError:
-        return [{}]
-    return getattr(module, "SETTINGS", [{}])
+        return otherwise
+    return getattr(module, what, otherwise)
+
+
+def settings_of(name: str) -> list[dict[str, Any]]:
+    """`SETTINGS` of the method's test module; the defaults where it has none."""
+    return said_of(name, "SETTINGS", [{}])
 
 
 class Model(nn.Module):
@@ -152,11 +161,19 @@ def config(name: str, settings: dict[str, Any], spot: Spot) -> PeftConfig:
 def supported(name: str, settings: dict[str, Any], spot: Spot) -> bool:
     """Whether the method says that it makes sense on this spot; the contract holds it to both answers."""
     cls = parse_method({"name": name}).method()
+    if not said_of(name, "fits", lambda settings, spot: True)(settings, spot):  # sizes that have to divide, and such
+        return False
     if spot.parameter:
         return spot.kind in cls.kinds and not settings.get("lora_bias")
     if spot.kind == "embedding" and settings.get("lora_bias"):
         return False
     return not cls.kinds or spot.kind in cls.kinds
+
+
+def show_data(model: PeftModel, spot: Spot, name: str = "default") -> None:
+    """Lets an adapter that needs data see a batch of it."""
+    x = spot.input(next(model.parameters()).dtype)
+    prepare(model, [(x,)], name, loss=lambda model, batch: model(*batch).square().sum())
 
 
 def randomise(model: nn.Module, seed: int = 0) -> None:

@@ -34,6 +34,8 @@ def _fresh_compiler() -> Any:
     torch.compiler.reset()
 
 
+# Said by torch of its own way to trace an autograd function.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize(("name", "settings", "spot"), CELLS)
 def test_it_compiles_to_one_graph(name: str, settings: dict[str, Any], spot: Spot) -> None:
     model, x = adapted(name, settings, spot), spot.input()
