@@ -10,7 +10,11 @@ from torch import nn
 from veneer import LoraConfig, get_peft_model
 from veneer.adapted import adapters_of
 
-SETTINGS = [{"r": 3, "lora_alpha": 7}, {"r": 2, "lora_alpha": 3, "use_rslora": True}]
+SETTINGS = [
+    {"r": 3, "lora_alpha": 7},
+    {"r": 2, "lora_alpha": 3, "use_rslora": True},
+    {"r": 2, "lora_alpha": 3, "init_lora_weights": "pissa"},
+]
 PARITY: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"r": 3, "lora_alpha": 7}),
     ("gpt2", {"r": 3, "lora_alpha": 7, "use_rslora": True}),

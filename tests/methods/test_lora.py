@@ -18,6 +18,7 @@ SETTINGS = [
     {"r": 2, "lora_alpha": 5, "use_rslora": True},
     {"r": 3, "lora_alpha": 7, "lora_bias": True},
     {"r": 2, "lora_alpha": 3, "init_lora_weights": "gaussian"},
+    {"r": 2, "lora_alpha": 3, "init_lora_weights": "pissa"},
 ]
 
 
@@ -104,7 +105,7 @@ def test_dropout_drops_the_input_of_down_only() -> None:
         ({"rank_pattern": {"q": -1}}, r"rank_pattern\['q'\]=-1"),
         ({"lora_dropout": 1.0}, "lora_dropout=1.0; a share"),
         ({"init_lora_weights": "gausian"}, "Did you mean 'gaussian'"),
-        ({"use_dora": True}, "DoRA is not in this version"),
+        ({"init_lora_weights": "eva", "eva_config": {"rho": 0.5}}, "rho=0.5"),
     ],
 )
 def test_settings_that_are_refused(settings: dict[str, object], message: str) -> None:

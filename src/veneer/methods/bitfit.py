@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapter import Base, WeightAdapter
-from veneer.config import ModuleConfig, register
+from veneer.config import ModuleConfig
+from veneer.registry import register
 from veneer.sites import Site, site_of
 
 

@@ -8,8 +8,9 @@ from typing import Literal
 from torch import Tensor, nn
 
 from veneer.adapter import Adapter, Base
-from veneer.config import ModuleConfig, register
+from veneer.config import ModuleConfig
 from veneer.errors import ConfigError
+from veneer.registry import register
 from veneer.sites import Site
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "swish": nn.SiLU, "tanh": nn.Tanh}

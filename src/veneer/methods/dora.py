@@ -29,6 +29,7 @@ class Dora(Lora):
     """
 
     kinds = frozenset({"linear", "conv", "embedding"})
+    moving_starts = True
 
     def __init__(self, site: Site, config: LoraConfig) -> None:
         if config.lora_bias:
@@ -48,10 +49,11 @@ class Dora(Lora):
         ||w + d||^2 = ||w||^2 + 2 w.d + ||d||^2 for each row, so that W + s up down is never formed.
         """
         with torch.no_grad():
-            up = self.scaling * self.up
+            down, up = self.factors()
+            up = self.scaling * up
             weight = weight.to(up.dtype)
             square = torch.linalg.vector_norm(weight, dim=1).square()
-            square += 2 * (weight @ self.down.t() * up).sum(1) + (up @ (self.down @ self.down.t()) * up).sum(1)
+            square += 2 * (weight @ down.t() * up).sum(1) + (up @ (down @ down.t()) * up).sum(1)
             norm = square.clamp_min(torch.finfo(up.dtype).tiny).sqrt()
         return self.magnitude / norm
 

@@ -1,0 +1,120 @@
+"""RoAd: pairs of output channels are turned and scaled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapter import Base, WeightAdapter
+from veneer.config import ModuleConfig
+from veneer.errors import ConfigError
+from veneer.registry import register
+from veneer.sites import ConvSite, EmbeddingSite, Site
+
+
+class Road(WeightAdapter):
+    r"""Turns every pair of output channels by an angle, and scales it.
+
+        y'_i = a_i cos(t_i) y_i - b_i sin(u_i) y_j,     y'_j = b_j sin(u_j) y_i + a_j cos(t_j) y_j
+        W' = R W,     b' = R b
+
+    In a group of g channels, i of the first half is paired with j = i + g / 2. `road_1` has one angle and one scale
+    for each pair (a = b and t = u, the same for i and j), `road_2` one of each for a channel (a = b and t = u), and
+    `road_4` all of them.
+
+    Trains: angle and scale, each (out / 2,), (out,) or (2 out,); angles zero, scales one at the start.
+    Cost: out, 2 out or 4 out parameters, and two multiply-adds for each number of the output.
+    Start: equals the base layer exactly. Merge: exact up to rounding of the dtype.
+    Raises: ConfigError where `group_size` does not divide the number of channels, or of those in a convolution's group.
+    Source: Liao and Monz 2024, arXiv:2409.00119, eq. 4.
+    """
+
+    def __init__(self, site: Site, config: RoadConfig) -> None:
+        super().__init__(site, config)
+        self.config = config
+        channels = site.shape[0]
+        groups = site.module.groups if isinstance(site, ConvSite) else 1
+        if channels // groups % config.group_size:
+            raise ConfigError(
+                f"group_size={config.group_size} does not divide the {channels // groups} output channels of this "
+                f"layer{' in each of its groups' if groups > 1 else ''}. Choose an even number that does."
+            )
+        size = {"road_1": channels // 2, "road_2": channels, "road_4": 2 * channels}[config.variant]
+        self.angle = nn.Parameter(torch.empty(*site.batch, size))
+        self.scale = nn.Parameter(torch.empty(*site.batch, size))
+
+    def reset(self) -> None:
+        spread = 0 if self.config.init_weights else 0.5
+        nn.init.normal_(self.angle, std=spread)
+        nn.init.normal_(self.scale, mean=1, std=spread)
+
+    def columns(self) -> tuple[Tensor, Tensor]:
+        """What every channel is multiplied by, and its partner; each (out / g, 2, g / 2)."""
+        half = self.config.group_size // 2
+        kinds = 2 if self.config.variant == "road_4" else 1
+        halves = 1 if self.config.variant == "road_1" else 2
+        angle, scale = (t.unflatten(-1, (-1, kinds, halves, half)) for t in (self.angle, self.scale))
+        own = scale.select(-3, 0) * angle.select(-3, 0).cos()
+        partner = scale.select(-3, -1) * angle.select(-3, -1).sin()
+        minus, plus = -partner.narrow(-2, 0, 1), partner.narrow(-2, halves - 1, 1)
+        return own, torch.cat((minus, plus), -2)
+
+    def turned(self, y: Tensor, after: int) -> Tensor:
+        """R y, where `after` axes follow that of the channels."""
+        own, partner = (t.reshape(*t.shape, *[1] * after) for t in self.columns())
+        axis = -2 - after
+        pairs = y.to(own.dtype).unflatten(-1 - after, (-1, 2, self.config.group_size // 2))
+        return torch.addcmul(own * pairs, partner, pairs.flip(axis)).flatten(axis - 1, axis + 1)
+
+    def adapt(self, weight: Tensor) -> Tensor:
+        return self.turned(weight, 1)
+
+    def adapt_bias(self, bias: Tensor | None) -> Tensor | None:
+        return None if bias is None else self.turned(bias, 0)
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        if self.site.kind == "parameter":
+            return super().forward(x, base)
+        y = base(x)
+        turned = self.turned(y, self.site.module.get_parameter("weight").dim() - 2).to(y.dtype)
+        return self.site.without_padding(x, turned) if isinstance(self.site, EmbeddingSite) else turned
+
+    def to_file(self) -> dict[str, Tensor]:
+        return {"road_theta": self.angle, "road_alpha": self.scale}
+
+    def from_file(self, tensors: Mapping[str, Tensor]) -> None:
+        self.put("angle", tensors["road_theta"])
+        self.put("scale", tensors["road_alpha"])
+
+
+@register("road")
+@dataclass
+class RoadConfig(ModuleConfig):
+    """Configuration of `Road`, field by field that of `peft`.
+
+    Args:
+        variant: How many angles and scales a pair of channels has: `road_1`, `road_2` or `road_4`.
+        group_size: Channels of a group, whose first half is paired with its second; even, and a divisor of their
+            number. It changes which channels are paired, and nothing else.
+        init_weights: Start as the base layer; False starts with random angles and scales (for tests).
+
+    Raises:
+        ConfigError: `group_size` is not positive or not even.
+    """
+
+    adapter = Road
+    peft_name = "ROAD"
+    own_fields = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern"})
+
+    variant: Literal["road_1", "road_2", "road_4"] = "road_1"
+    group_size: int = 64
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.group_size <= 0 or self.group_size % 2:
+            raise ConfigError(f"RoadConfig: group_size={self.group_size}; a positive even number was expected.")

@@ -1,0 +1,1 @@
+"""Choosing what is trained: scores of the entries of frozen weights, and the choice of the best of them."""
