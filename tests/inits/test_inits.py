@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from veneer import LoraConfig, get_peft_model, inits
 from veneer.adapted import adapters_of
 from veneer.errors import ConfigError
+from veneer.inits.loftq import LoftQConfig
 
 IN, OUT, RANK = 400, 300, 16
 
@@ -21,7 +22,10 @@ def started(
     """down and up with the named starting values; both held something else before."""
     torch.manual_seed(0)
     down, up = torch.full((*batch, rank, IN), 7.0), torch.full((*batch, OUT, rank), 7.0)
-    inits.start(name, down, up, kind)
+    torch.manual_seed(1)
+    weight = torch.randn(*batch, OUT, IN)
+    torch.manual_seed(0)
+    inits.find(name).fill(inits.Start(down, up, kind, 0.5, lambda: weight, LoftQConfig()))
     return down, up
 
 
@@ -97,34 +101,41 @@ def test_a_start_that_is_refused_leaves_the_model_alone() -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", list(inits.INITIALISERS))
+NAMES = [*inits.INITIALISERS, "pissa_niter_4"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_every_start_on_a_model(name: bool | str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 10)).to(dtype)
+    model.requires_grad_(False)
     before, x = model[0].weight.clone(), torch.randn(5, 12, dtype=dtype)
     expected = model(x)
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["0"], init_lora_weights=name))
     ((wrapper, adapter),) = adapters_of(adapted, "default")
     assert adapter.down.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert torch.equal(wrapper.frozen_layer.weight, before)
-    assert torch.allclose(adapted(x), expected, atol=1e-5) == (name is not False)
+    adapted.eval()  # those that need data have not seen any
+    assert torch.allclose(adapted(x), expected, atol=1e-5) == (name not in (False, "loftq"))
     adapted(x).sum().backward()
-    assert adapter.up.grad.any()
-    assert bool(adapter.down.grad.any()) == (name in (False, "orthogonal"))
+    assert name == "mica" or adapter.up.grad.any()
+    assert bool(adapter.down.grad.any()) == (
+        name in (False, "orthogonal", "pissa", "pissa_niter_4", "olora", "mica", "loftq")
+    )
 
 
 def test_starts_follow_the_seed() -> None:
-    for name in inits.INITIALISERS:
+    for name in NAMES:
         first, second = started(name), started(name)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("gausian", "Did you mean 'gaussian'"), ("pissa", "it has True, False, gaussian, orthogonal"), ("", "''")],
+    [("gausian", "Did you mean 'gaussian'"), ("pissa_niter_x", "it has True, False, gaussian, orthogonal"), ("", "''")],
 )
 def test_names_that_are_not_known(name: str, said: str) -> None:
     with pytest.raises(ConfigError, match=rf"init_lora_weights={name!r} is not in this version.*|{said}") as caught:
-        inits.check(name)
+        LoraConfig(init_lora_weights=name)
     assert caught.match(said)

@@ -1,14 +1,15 @@
 """Gaussian `down`, as diffusion models use."""
 
-from torch import Tensor, nn
+from torch import nn
 
 from veneer.inits.kaiming import kaiming
+from veneer.inits.start import Start
 
 
-def gaussian(down: Tensor, up: Tensor, kind: str) -> None:
+def gaussian(start: Start) -> None:
     """down ~ N(0, 1 / r^2), up = 0; embeddings start as by default."""
-    if kind == "embedding":
-        kaiming(down, up, kind)
+    if start.kind == "embedding":
+        kaiming(start)
         return
-    nn.init.normal_(down, std=1 / down.shape[-2])
-    nn.init.zeros_(up)
+    nn.init.normal_(start.down, std=1 / start.rank)
+    nn.init.zeros_(start.up)

@@ -4,28 +4,30 @@ import math
 
 from torch import Tensor, nn
 
+from veneer.inits.start import Start
 
-def kaiming(down: Tensor, up: Tensor, kind: str) -> None:
+
+def kaiming(start: Start) -> None:
     """down ~ U(-1/sqrt(in), 1/sqrt(in)), up = 0; on embeddings down = 0 and up ~ N(0, 1).
 
     Source: Hu et al. 2021, arXiv:2106.09685, and the authors' loralib, whose layers differ in this between kinds.
     """
-    if kind == "embedding":
-        nn.init.zeros_(down)
-        nn.init.normal_(up)
+    if start.kind == "embedding":
+        nn.init.zeros_(start.down)
+        nn.init.normal_(start.up)
         return
-    _uniform(down)
-    nn.init.zeros_(up)
+    _uniform(start.down)
+    nn.init.zeros_(start.up)
 
 
-def kaiming_nonzero(down: Tensor, up: Tensor, kind: str) -> None:
+def kaiming_nonzero(start: Start) -> None:
     """Both factors random, so that the adapter changes the model at once. For tests."""
-    if kind == "embedding":
-        nn.init.normal_(down)
-        nn.init.normal_(up)
+    if start.kind == "embedding":
+        nn.init.normal_(start.down)
+        nn.init.normal_(start.up)
         return
-    _uniform(down)
-    _uniform(up)
+    _uniform(start.down)
+    _uniform(start.up)
 
 
 def _uniform(factor: Tensor) -> None:
