@@ -14,9 +14,9 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from veneer.arguments import parse, run_options
+from veneer.commands.arguments import parse, run_options
+from veneer.commands.usage import UsageError
 from veneer.errors import VeneerError, VeneerWarning
-from veneer.usage import UsageError
 
 # Defaults for the libraries below: an answer on the terminal is what the user asked for, not their remarks about it.
 # They are read when those libraries are imported, and a value that the user has set stays as it is.
@@ -123,7 +123,7 @@ def _line(text: str, answer: dict[str, Any], alone: bool) -> str:
 
 
 def _merge(chosen: Namespace) -> None:
-    from veneer.merging import merge_folder
+    from veneer.commands.merging import merge_folder
 
     merged = merge_folder(chosen.folder, chosen.output, base=chosen.base)
     print(f"Merged model: {merged.folder}")
@@ -131,8 +131,26 @@ def _merge(chosen: Namespace) -> None:
     print(f"Difference from the adapted model: {difference}")
 
 
+def _convert(chosen: Namespace) -> None:
+    from veneer.commands.conversion import convert_folder, rewrite_folder
+
+    if chosen.rank is None:
+        if chosen.max_rank is not None or chosen.base is not None:
+            raise UsageError("--max-rank and --base go with --rank, which was not given.")
+        method = rewrite_folder(chosen.folder, chosen.output, allow_pickle=chosen.allow_pickle)
+        print(f"{method} adapter in today's layout: {chosen.output}")
+        return
+    if chosen.allow_pickle:
+        raise UsageError("--allow-pickle goes without --rank. Convert the layout first, then to LoRA.")
+    done = convert_folder(chosen.folder, chosen.output, chosen.rank, max_rank=chosen.max_rank, base=chosen.base)
+    low, high = done.ranks
+    print(f"LoRA adapter: {done.folder}")
+    print(f"Rank: {low}" + ("" if low == high else f" to {high}"))
+    print(f"Lost: {done.error:.1%} of the change of the weights; most at {done.worst[0]}, {done.worst[1]:.1%}")
+
+
 def _inspect(chosen: Namespace) -> None:
-    from veneer import inspection
+    from veneer.commands import inspection
 
     found = inspection.inspect(chosen.what, method=chosen.method, target=chosen.target, task=chosen.task)
     if chosen.json:
@@ -161,6 +179,7 @@ _COMMANDS: dict[str, Callable[[Namespace], None]] = {
     "evaluate": _evaluate,
     "predict": _predict,
     "merge": _merge,
+    "convert": _convert,
     "inspect": _inspect,
     "demo": _demo,
     "samples": _samples,

@@ -351,12 +351,17 @@ def test_names_and_states_that_do_not_fit() -> None:
 def test_what_has_no_combination() -> None:
     model = adapted("a")
     model.add_adapter("bias", "bitfit:target_modules=[first]")
-    with pytest.raises(UnsupportedError, match=r"Adapter 'bias' \(BITFIT\) cannot be combined: only LoRA"):
+    with pytest.raises(
+        UnsupportedError, match=r"Adapter 'bias' \(BitFit\) cannot be combined: only those of plain LoRA"
+    ):
         model.add_weighted_adapter(["a", "bias"], [1, 1], "new")
+    model.add_adapter("lengths", "dora:target_modules=[first]")
+    with pytest.raises(UnsupportedError, match=r"Adapter 'lengths' \(Dora\) cannot be combined"):
+        model.add_weighted_adapter(["a", "lengths"], [1, 1], "new")
     headed = get_peft_model(bert(), "lora:task_type=SEQ_CLS", "a")
     with pytest.raises(UnsupportedError, match=r"\(modules_to_save\).*Merge it into the model instead"):
         headed.add_weighted_adapter(["a"], [1], "new")
-    assert list(model.peft_config) == ["a", "bias"]
+    assert list(model.peft_config) == ["a", "bias", "lengths"]
 
 
 def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

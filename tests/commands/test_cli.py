@@ -31,8 +31,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from veneer.arguments import parse, run_options
 from veneer.cli import main
+from veneer.commands.arguments import parse, run_options
 from veneer.errors import VeneerError
 from veneer.evaluation import demo
 
@@ -148,7 +148,7 @@ def test_python_dash_m_is_the_same_command() -> None:
     ],
 )
 def test_every_way_of_naming_a_method(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from veneer.config import parse_method
+    from veneer.method_strings import parse_method
 
     monkeypatch.chdir(tmp_path)
     Path("mapping.yaml").write_text("method:\n  name: lora\n  r: 2\n  target_modules: all-linear\n")
@@ -164,10 +164,11 @@ def test_training_takes_any_field_with_its_type() -> None:
         "train", "--task", "causal-lm", "--model", "m", "--data", "d", "--output", "o",
         "--training.learning_rate", "3e-4", "--training.bf16", "false", "--training.max_steps", "7",
         "--training.lr_scheduler_kwargs", '{"num_cycles": 2}', "--training.optim", "adafactor",
+        "--training.lora_optimizer", "loraplus", "--training.loraplus_lr_ratio", "8",
     ])  # fmt: skip
     assert run_options(chosen).training == {
         "learning_rate": 3e-4, "bf16": False, "max_steps": 7, "lr_scheduler_kwargs": {"num_cycles": 2},
-        "optim": "adafactor",
+        "optim": "adafactor", "lora_optimizer": "loraplus", "loraplus_lr_ratio": 8.0,
     }  # fmt: skip
 
 
@@ -199,7 +200,7 @@ NEEDED = ["--task", "classification", "--model", "m", "--data", "d", "--output",
         (["train", *NEEDED, "--data.limit", "many"], "--data.limit: expected int or null; got many"),
         (["train", *NEEDED, "--training.lerning_rate", "1"], "Did you mean 'learning_rate'"),
         (["train", *NEEDED, "--training.max_steps", "x"], "--training.max_steps: expected int; got x."),
-        (["train", *NEEDED, "--method", "lroa"], "Unknown method 'lroa'. Did you mean 'lora'?"),
+        (["train", *NEEDED, "--method", "lroa"], "Unknown method 'lroa'. Did you mean "),
         (["train", *NEEDED, "--method", "lora:rank=4"], "The method 'lora' has no setting 'rank'."),
         (["train", *NEEDED, "--method.name", "lora", "--method.r", "four"], "r='four'; int was expected"),
         (["train", "--config", "absent.yaml"], "absent.yaml"),
@@ -469,7 +470,7 @@ def test_merge_of_a_writer_generates_the_same(writer: str, tmp_path: Path) -> No
 def test_merge_never_overwrites(classifier: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.txt").write_text("keep me")
     assert main(["merge", classifier, "--output", str(tmp_path)]) == 1
-    assert "merging never overwrites" in capsys.readouterr().err
+    assert "nothing is overwritten" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -512,6 +513,20 @@ def test_a_method_that_cannot_be_merged_says_why(
 
 
 # Inspecting, samples, demo
+
+
+def test_convert_writes_a_lora_adapter(classifier: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = str(tmp_path / "lora")
+    assert main(["convert", classifier, "--output", output, "--rank", "16"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"LoRA adapter: \S+lora\nRank: \d+.*\nLost: 0.0% of the change of the weights; most at ", said)
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert main(["convert", classifier, "--output", output, "--rank", "0.9"]) == 1
+    assert "is not empty" in capsys.readouterr().err
+    assert main(["convert", classifier, "--output", str(tmp_path / "other"), "--rank", "0.9", "--max-rank", "1"]) == 0
+    assert "Rank: 1\n" in capsys.readouterr().out
+    assert main(["convert", classifier, "--output", str(tmp_path / "third"), "--rank", "x"]) == 2
+    assert not (tmp_path / "third").exists()
 
 
 def test_inspect_an_adapter_and_a_model(classifier: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:

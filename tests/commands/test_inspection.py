@@ -10,10 +10,10 @@ import torch
 from rich.console import Console
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, MixtralConfig
 
+from veneer.commands.inspection import AdapterReport, TensorEntry, fold_tensors, inspect
+from veneer.commands.model_tree import ModelReport, Node, inspect_model
 from veneer.errors import CheckpointError, ConfigError, TargetError
-from veneer.inspection import AdapterReport, TensorEntry, fold_tensors, inspect
 from veneer.model import get_peft_model
-from veneer.model_tree import ModelReport, Node, inspect_model
 
 WIDTH, LAYERS = 16, 3
 
@@ -121,7 +121,7 @@ def test_a_task_adds_the_head_that_is_trained_too(bert: str) -> None:
     assert headed.trained == plain.trained + 2 * WIDTH + 2  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("method", ["bitfit", "houlsby"])
+@pytest.mark.parametrize("method", ["bitfit", "houlsby", "dora", "kasa"])
 def test_every_method_can_be_counted(bert: str, method: str) -> None:
     report = inspect_model(bert, method=method, task="classification")
     model = get_peft_model(BertForSequenceClassification(tiny_bert()), f"{method}:task_type=SEQ_CLS")
@@ -218,7 +218,7 @@ def test_a_target_that_matches_nothing_gets_the_nearest_name(bert: str) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"method": "lroa"}, "Did you mean 'lora'"), ({"task": "clasification"}, "Did you mean 'classification'")],
+    [({"method": "lroa"}, "Did you mean .*'lora'"), ({"task": "clasification"}, "Did you mean 'classification'")],
 )
 def test_an_unknown_method_or_task(bert: str, arguments: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -114,7 +114,7 @@ def make(adapter: str) -> veneer.PeftModel:
 
 def stored() -> list[Path]:
     """Folders of adapters, all versions."""
-    return sorted(path.parent for path in HERE.glob("*/*/adapter_config.json"))
+    return sorted(path.parent for path in HERE.glob("[0-9]*/*/adapter_config.json"))
 
 
 def write(folder: Path, adapter: str) -> None:

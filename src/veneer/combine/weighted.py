@@ -98,8 +98,8 @@ def combine(
     configs = _check(model, adapters, weights, combination_type, svd_rank, density, majority_sign_method)
     concatenates = combination_type == "cat"
     places = _places(model, adapters, weights)
-    ranks = [sum(lora.down.shape[-2] for lora, _ in found) for found in places.values()]
-    largest = max(lora.down.shape[-2] for found in places.values() for lora, _ in found)
+    ranks = [sum(_rank(lora) for lora, _ in found) for found in places.values()]
+    largest = max(_rank(lora) for found in places.values() for lora, _ in found)
     rank = max(ranks) if concatenates else largest if svd_rank is None else svd_rank
     # Scaling 1, so that the factors say the whole; every place of any of the adapters is a place of the new one.
     config = replace(
@@ -125,7 +125,7 @@ def combine(
                 if concatenates:
                     _concatenate(new, found)
                 else:
-                    deltas = torch.stack([w * lora.scaling * (lora.up @ lora.down) for lora, w in found])
+                    deltas = torch.stack([w * lora.scaling * _product(lora) for lora, w in found])
                     dense = OPERATIONS[combination_type](deltas, density or 1.0, majority_sign_method)
                     up, s, down = torch.linalg.svd(
                         dense.float() if dense.dtype.itemsize < 4 else dense, full_matrices=False
@@ -170,10 +170,11 @@ def _check(
         raise ConfigError(f"majority_sign_method={sign!r}; 'total' or 'frequency' was expected.")
     configs = [model.peft_config[name] for name in adapters]
     for name, config in zip(adapters, configs, strict=True):
-        if not isinstance(config, LoraConfig) or config.modules_to_save or config.target_parameters:
+        plain = isinstance(config, LoraConfig) and config.method() is Lora
+        if not plain or config.modules_to_save or config.target_parameters:  # type: ignore[attr-defined]
             raise UnsupportedError(
-                f"Adapter {name!r} ({config.peft_type}) cannot be combined: only LoRA adapters can that neither train "
-                "whole modules (modules_to_save) nor bare parameters. Merge it into the model instead."
+                f"Adapter {name!r} ({config.method().__name__}) cannot be combined: only those of plain LoRA can that "
+                "neither train whole modules (modules_to_save) nor bare parameters. Merge it into the model instead."
             )
     return cast(list[LoraConfig], configs)
 
@@ -187,9 +188,18 @@ def _places(model: PeftModel, adapters: Sequence[str], weights: Sequence[float])
     return places
 
 
+def _rank(lora: Lora) -> int:
+    return lora.factors()[0].shape[-2]
+
+
+def _product(lora: Lora) -> Tensor:
+    down, up = lora.factors()
+    return up @ down
+
+
 def _concatenate(new: Lora, found: list[tuple[Lora, float]]) -> None:
-    down = torch.cat([lora.down for lora, _ in found])
-    up = torch.cat([w * lora.scaling * lora.up for lora, w in found], dim=1)
+    down = torch.cat([lora.factors()[0] for lora, _ in found])
+    up = torch.cat([w * lora.scaling * lora.factors()[1] for lora, w in found], dim=1)
     _fill(new, down, up)
 
 

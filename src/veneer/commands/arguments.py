@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
 from veneer import __version__
+from veneer.commands.usage import UsageError, plain, usage_error
 from veneer.errors import ConfigError
 from veneer.options import DataOptions, ModelOptions, OutputOptions, RunOptions, Task
-from veneer.usage import UsageError, plain, usage_error
 
 
 class _Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -77,7 +77,7 @@ def run_options(arguments: Namespace) -> RunOptions:
     Raises:
         UsageError: A method or a training setting is unknown or of the wrong type.
     """
-    from veneer.config import parse_method
+    from veneer.method_strings import parse_method
     from veneer.training.arguments import check
 
     options = RunOptions(
@@ -108,7 +108,8 @@ def _train(parser: ArgumentParser) -> None:
       veneer train --config run.yaml --method.r 4 --print_config
 
     --training.FIELD takes every field of transformers.TrainingArguments by its name and type, for example
-    num_train_epochs, learning_rate, per_device_train_batch_size, lr_scheduler_type, seed or report_to.
+    num_train_epochs, learning_rate, per_device_train_batch_size, lr_scheduler_type, seed or report_to. With LoRA,
+    --training.lora_optimizer takes loraplus, lorafa or riemannian.
     """
     parser.add_argument("--config", action="config", metavar="FILE", help="YAML file with any of the settings below.")
     parser.add_class_arguments(RunOptions)
@@ -171,6 +172,30 @@ def _merge(parser: ArgumentParser) -> None:
     parser.add_argument("--base", type=str | None, default=None, metavar="NAME", help="Base model, if it has moved.")
 
 
+def _convert(parser: ArgumentParser) -> None:
+    """veneer convert FOLDER --output FOLDER [--rank RANK] [--max-rank R] [--base NAME] [--allow-pickle]
+
+    With --rank: write an adapter of any method that changes weights as a LoRA adapter, for programs that know no other.
+    A whole number is the rank of every layer; a share such as 0.95 keeps so much of the change's energy in each, in the
+    lowest rank that does. What is LoRA already loses nothing as long as the rank suffices.
+
+    Without: write an adapter of an older version of peft, of mlx-lm or of AdapterHub in today's layout.
+
+    examples:
+      veneer convert outputs/dora --output outputs/as-lora --rank 16
+      veneer convert outputs/loha --output outputs/as-lora --rank 0.95 --max-rank 32
+      veneer convert downloads/mlx-adapter --output outputs/adapter
+    """
+    parser.add_argument("folder", type=str, help="Adapter folder.")
+    parser.add_argument("--output", type=str, required=True, metavar="FOLDER", help="New or empty folder.")
+    parser.add_argument(
+        "--rank", type=int | float | None, default=None, metavar="RANK", help="Rank, or share of the energy up to 1.0."
+    )
+    parser.add_argument("--max-rank", type=int | None, default=None, metavar="R", help="With a share: highest rank.")
+    parser.add_argument("--allow-pickle", action="store_true", help="Without --rank: read pickles too.")
+    parser.add_argument("--base", type=str | None, default=None, metavar="NAME", help="Base model, if it has moved.")
+
+
 def _inspect(parser: ArgumentParser) -> None:
     """veneer inspect ADAPTER-OR-MODEL [--method METHOD] [--target EXPRESSION] [--task TASK] [--json]
 
@@ -226,6 +251,7 @@ _COMMANDS: dict[str, tuple[Callable[[ArgumentParser], None], str]] = {
     "evaluate": (_evaluate, "measure a trained adapter"),
     "predict": (_predict, "use a trained adapter on texts"),
     "merge": (_merge, "write a plain model with the adapter merged in"),
+    "convert": (_convert, "write an adapter as LoRA, or one of another library in today's layout"),
     "inspect": (_inspect, "show what an adapter or a model is made of"),
     "demo": (_demo, "adapt real models to real tasks in a few minutes"),
     "samples": (_samples, "list or fetch sample models and data"),

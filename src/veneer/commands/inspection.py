@@ -18,11 +18,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from veneer import files, units
+from veneer import files, legacy, units
 from veneer.checkpoint import PREFIX, WEIGHTS_NAME
+from veneer.commands.model_tree import ModelReport, inspect_model, ranges
 from veneer.config import CONFIG_NAME, PeftConfig
 from veneer.errors import CheckpointError, ConfigError
-from veneer.model_tree import ModelReport, inspect_model, ranges
 
 
 @dataclass(frozen=True)
@@ -132,12 +132,21 @@ def inspect(
 
 
 def inspect_adapter(folder: str) -> AdapterReport:
-    """Read an adapter's files without loading its tensors."""
-    path = files.find(folder, WEIGHTS_NAME)
+    """Read an adapter's files; of those in today's layout, without loading the tensors."""
+    path = files.find(folder, WEIGHTS_NAME, required=False)
+    if path.is_file():
+        config, tensors = PeftConfig.from_pretrained(folder), _tensors(path)
+    else:  # of another library: what its tensors are here is known when they have been read
+        path = next((Path(folder) / name for name in legacy.OTHER_WEIGHTS if (Path(folder) / name).is_file()), path)
+        config, read, _ = legacy.load(folder)
+        tensors = [
+            TensorEntry(name, tuple(read[name].shape), str(read[name].dtype).removeprefix("torch."))
+            for name in sorted(read)
+        ]
     return AdapterReport(
         folder=folder,
-        config=PeftConfig.from_pretrained(folder),
-        tensors=_tensors(path),
+        config=config,
+        tensors=tensors,
         file_bytes=path.stat().st_size,
         run=_mapping(Path(folder) / "run.yaml"),
         results=_mapping(Path(folder) / "results.json"),

@@ -55,8 +55,8 @@ def merge_folder(adapter: str, output: str, base: str | None = None) -> Merged:
         VeneerError: The written model gives other outputs than the adapted one; nothing is left of it.
     """
     target = Path(output).expanduser().absolute()
-    _require_free(target)
-    model, tokenizer = _load(Path(adapter).expanduser(), base)
+    require_free(target)
+    model, tokenizer = load_folder(Path(adapter).expanduser(), base)
     probe = _probe(model)
     adapted = _outputs(model, probe)
     kind: Any = type(model.get_base_model())
@@ -82,9 +82,14 @@ def merge_folder(adapter: str, output: str, base: str | None = None) -> Merged:
     return Merged(str(output), difference, allowed)
 
 
-def _require_free(target: Path) -> None:
+def require_free(target: Path) -> None:
+    """Refuses a folder that something is in.
+
+    Raises:
+        ConfigError: So.
+    """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"--output: {target} is not empty, and merging never overwrites. Name a new or empty folder.")
+        raise ConfigError(f"--output: {target} is not empty, and nothing is overwritten. Name a new or empty folder.")
 
 
 def _open_to_others(written: Path) -> None:
@@ -94,7 +99,13 @@ def _open_to_others(written: Path) -> None:
         path.chmod(mode)
 
 
-def _load(adapter: Path, base: str | None) -> tuple[PeftModel, PreTrainedTokenizerBase | None]:
+def load_folder(adapter: Path, base: str | None) -> tuple[PeftModel, PreTrainedTokenizerBase | None]:
+    """The base model with the adapter in a folder, and its tokenizer, where it has one.
+
+    Raises:
+        ConfigError: The base model is not named or found.
+        CheckpointError: The adapter's files are missing, damaged, or do not fit the base model.
+    """
     if (adapter / folder.RUN).is_file():
         options = folder.read_options(adapter)
         labels = folder.read_result(adapter).labels

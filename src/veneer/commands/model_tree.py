@@ -16,8 +16,9 @@ from rich.text import Text
 from rich.tree import Tree
 
 from veneer import units
-from veneer.config import ModuleConfig, parse_method
+from veneer.config import ModuleConfig
 from veneer.errors import ConfigError, nearest
+from veneer.method_strings import parse_method
 
 if TYPE_CHECKING:
     from torch import nn
@@ -127,7 +128,7 @@ def inspect_model(
         from veneer.model import get_peft_model
 
         with torch.device("meta"):
-            adapted = get_peft_model(model, config)
+            adapted = get_peft_model(model, config, low_cpu_mem_usage=True)  # there are no weights to start from
         trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     return ModelReport(name, root, sites, matched, method, trained)
 

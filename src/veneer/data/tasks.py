@@ -71,6 +71,8 @@ def _check(options: DataOptions, task: Task) -> None:
     for name, value in (("limit", options.limit), ("validation_limit", options.validation_limit)):
         if value is not None and value < 1:
             raise ConfigError(f"data.{name} is {value}. Expected at least 1, or none for all examples.")
+    if options.preparation_batches < 1:
+        raise ConfigError(f"data.preparation_batches is {options.preparation_batches}. Expected at least 1.")
     if options.max_length < 2:
         raise ConfigError(f"data.max_length is {options.max_length}. Expected at least 2 tokens.")
 

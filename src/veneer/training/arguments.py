@@ -2,14 +2,17 @@
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import transformers
 from jsonargparse import ArgumentError, ArgumentParser
-from transformers import TrainingArguments
 
 from veneer.errors import ConfigError, nearest
+from veneer.method_strings import parse_method
+from veneer.methods.lora import Lora
 from veneer.options import OutputOptions, RunOptions
 
 # Fields that another section decides, with the setting that does.
@@ -25,6 +28,32 @@ _RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
+
+
+# Settings of one `lora_optimizer` only.
+_OF_OPTIMIZERS = {
+    "loraplus_lr_ratio": "loraplus",
+    "loraplus_lr_embedding": "loraplus",
+    "riemannian_reg": "riemannian",
+}
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """Those of transformers, and which optimiser of the LoRA family is used.
+
+    Args:
+        lora_optimizer: `loraplus` moves LoRA's second factor faster, `riemannian` preconditions both; either with the
+            optimiser that `optim` names. `lorafa` freezes the first factor, and is an Adam of its own.
+        loraplus_lr_ratio: Learning rate of the second factor over that of the first.
+        loraplus_lr_embedding: Learning rate of adapters on embeddings with `loraplus`.
+        riemannian_reg: What is added to the diagonals of the matrices that are inverted.
+    """
+
+    lora_optimizer: Literal["loraplus", "lorafa", "riemannian"] | None = None
+    loraplus_lr_ratio: float = 16.0
+    loraplus_lr_embedding: float = 1e-6
+    riemannian_reg: float = 1e-2
 
 
 def check(training: Mapping[str, Any], output: OutputOptions) -> dict[str, Any]:
@@ -52,6 +81,7 @@ def check(training: Mapping[str, Any], output: OutputOptions) -> dict[str, Any]:
             )
         new = _RENAMED.get(name, name)
         values[new if new in fields else name] = value.value if isinstance(value, Enum) else value
+    _check_optimizer(values)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TrainingArguments)
     values = {name: _as_meant(name, value) for name, value in values.items()}
@@ -74,6 +104,11 @@ def resolve(options: RunOptions, learning_rate: float, evaluates: bool) -> dict[
         ConfigError: Settings contradict each other or the data.
     """
     given = check(options.training, options.output)
+    if (optimizer := given.get("lora_optimizer")) and not issubclass(parse_method(options.method).method(), Lora):
+        raise ConfigError(
+            f"training.lora_optimizer is {optimizer!r}, which is made for LoRA's two factors, and the method is "
+            f"{options.method!r}. Remove the setting, or choose LoRA or one of its variants."
+        )
     classification = options.task == "classification"
     # Who says how often must mean that often.
     if "save_steps" in given:
@@ -128,6 +163,26 @@ def build(resolved: Mapping[str, Any], folder: str) -> TrainingArguments:
         return TrainingArguments(output_dir=folder, **{**resolved, "disable_tqdm": True})
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ConfigError(f"training: {error}") from error
+
+
+def _check_optimizer(given: Mapping[str, Any]) -> None:
+    """Refuses settings that have no effect with the optimiser.
+
+    Raises:
+        ConfigError: So.
+    """
+    chosen = given.get("lora_optimizer")
+    for name, optimizer in _OF_OPTIMIZERS.items():
+        if given.get(name) is not None and chosen != optimizer:
+            raise ConfigError(
+                f"training.{name} is {given[name]!r}, but training.lora_optimizer is {chosen!r}. Set that to "
+                f"{optimizer!r}, or remove training.{name}."
+            )
+    if chosen == "lorafa" and (named := given.get("optim")):
+        raise ConfigError(
+            f"training.optim is {named!r}, but LoRA-FA is an Adam of its own. Remove training.optim, or choose another "
+            "training.lora_optimizer."
+        )
 
 
 def _evaluation_defaults(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,9 +20,10 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from veneer import __version__
-from veneer.config import PeftConfig, parse_method
+from veneer.config import PeftConfig
 from veneer.errors import CheckpointError, ConfigError, VeneerWarning
 from veneer.files import sync_folder, write_text
+from veneer.method_strings import parse_method
 from veneer.options import DataOptions, ModelOptions, OutputOptions, RunOptions, RunResult
 from veneer.training import arguments, checkpoints
 
@@ -196,7 +197,7 @@ def method_settings(method: str | Mapping[str, Any]) -> dict[str, Any]:
         entry.name: value
         for entry in dataclasses.fields(config)
         if entry.name not in bookkeeping and "planned" not in entry.metadata
-        if (value := config.to_dict()[entry.name]) is not None
+        if (value := config.to_dict().get(entry.name)) is not None  # some are left out where they say nothing
     }
     return {"name": name, **settings}
 

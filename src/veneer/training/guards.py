@@ -70,8 +70,9 @@ class GradientGuard(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._started, self._steps = False, 0
-        # Engines that shard parameters keep gradients in buffers of their own.
-        self._done = bool(args.deepspeed or args.fsdp)
+        # Engines that shard parameters keep gradients in buffers of their own. A resumed run was looked at when it
+        # began, and a method may have let parameters rest since.
+        self._done = bool(args.deepspeed or args.fsdp) or state.global_step > 0
 
     def on_pre_optimizer_step(
         self,

@@ -143,7 +143,8 @@ def _loss(
     return total / (count.to(total.device) if isinstance(count, Tensor) else count)
 
 
-def _pieces(x: Tensor, vocabulary: int) -> int:
+def _pieces(vocabulary: int) -> int:
+    """How many positions have their logits computed at once."""
     return max(16, LOGITS_AT_ONCE // vocabulary)
 
 
@@ -154,9 +155,10 @@ def _by_pieces(head: nn.Module, cap: float | None, x: Tensor, y: Tensor) -> Tens
         logits = head(x).float()
         return F.cross_entropy(logits if cap is None else cap * torch.tanh(logits / cap), y, reduction="sum")
 
-    rows = _pieces(x, frozen(head).weight.shape[0])  # type: ignore[union-attr]
-    parts = [checkpoint(total, a, b, use_reentrant=False) for a, b in zip(x.split(rows), y.split(rows), strict=True)]
-    return torch.stack(parts).sum() if parts else x.sum() * 0.0  # type: ignore[arg-type]
+    rows = _pieces(frozen(head).get_parameter("weight").shape[0])
+    pairs = zip(x.split(rows), y.split(rows), strict=True)
+    parts: list[Tensor] = [checkpoint(total, a, b, use_reentrant=False) for a, b in pairs]
+    return torch.stack(parts).sum()
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -169,7 +171,7 @@ class _FrozenHead(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, cap: float | None) -> Tensor:
         grad = torch.empty_like(x) if x.requires_grad or torch.is_grad_enabled() else None
         total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        rows = _pieces(x, weight.shape[0])
+        rows = _pieces(weight.shape[0])
         for start in range(0, x.shape[0], rows):
             piece = slice(start, start + rows)
             logits = F.linear(x[piece], weight, bias).to(total.dtype)  # (rows, vocabulary)

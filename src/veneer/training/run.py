@@ -17,12 +17,15 @@ from torch import Tensor
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
 
 from veneer import units
-from veneer.config import PeftConfig, TaskType, parse_method
+from veneer.config import PeftConfig, TaskType
 from veneer.data import TaskData, load_task, preview
 from veneer.errors import ConfigError, DataError, VeneerError, nearest
 from veneer.evaluation import metrics
+from veneer.method_strings import parse_method
 from veneer.model import PeftModel, get_peft_model
+from veneer.optimizers.lorafa import freeze_down
 from veneer.options import RunOptions, RunResult, Task
+from veneer.preparation import awaits_data, prepare
 from veneer.training import arguments
 from veneer.training import folder as run_folder
 from veneer.training.clock import peak_memory
@@ -91,6 +94,14 @@ def train(
     if main:
         settled = dataclasses.replace(options, training=resolved, method=run_folder.method_settings(options.method))
         run_folder.begin(folder, run_folder.located(settled), resume=options.output.resume)
+    if resolved.get("lora_optimizer") == "lorafa":
+        freeze_down(model)  # the optimiser does so too; what is said to be trained should be
+    if awaits_data(model):
+        if not getattr(base, "hf_device_map", None):
+            model.to(args.device)
+        batches = _batches(data, args.train_batch_size, options.data.preparation_batches, seed)
+        console.print(f"Shown to the method before training: {len(batches)} batches of {args.train_batch_size}.")
+        prepare(model, batches)
     _show(console, model, data, tokenizer)
 
     with ProgressDisplay(console, bar=False if resolved.get("disable_tqdm") else None) as progress:
@@ -152,6 +163,12 @@ def train(
         soft_wrap=True,
     )
     return result
+
+
+def _batches(data: TaskData, size: int, count: int, seed: int) -> list[dict[str, Tensor]]:
+    """The first training batches of a random order, the same in every process and in a resumed run."""
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))[: size * count]
+    return [data.collate([data.train[int(i)] for i in rows]) for rows in order.split(size)]
 
 
 def _method(options: RunOptions) -> PeftConfig:

@@ -7,10 +7,12 @@ come to anything stop with a reason.
 
 import functools
 import inspect
-from collections.abc import Sized
+from collections.abc import Callable, Sized
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
@@ -18,15 +20,21 @@ from transformers import TrainerState
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
 from transformers.utils.generic import can_return_loss, find_labels
 
-from veneer.errors import CheckpointError
+from veneer.errors import CheckpointError, UnsupportedError
 from veneer.functional import load_peft_weights, set_peft_model_state_dict
 from veneer.model import PeftModel
-from veneer.training import checkpoints, guards, samplers
+from veneer.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+from veneer.optimizers.riemannian import with_preconditioner
+from veneer.training import checkpoints, guards, samplers, schedules
 from veneer.training.clock import Clock
+from veneer.training.labelled import LabelledLoss
 
 STATE = "trainer_state.json"
+
+logger = logging.get_logger(__name__)
 
 
 class Trainer(transformers.Trainer):
@@ -51,9 +59,11 @@ class Trainer(transformers.Trainer):
             model._hf_peft_config_loaded = True  # type: ignore[assignment]
         super().__init__(model, args, *rest, **named)
         self._inspect(_base(self.model))
+        self._labelled_loss: Callable[[], AbstractContextManager[None]] | None = None
         self.add_callback(guards.GradientGuard())
         self.add_callback(Clock())
         self.add_callback(samplers.EpochOrder())
+        self.add_callback(schedules.Allocation())
 
     @property
     def clock(self) -> Clock:
@@ -83,10 +93,45 @@ class Trainer(transformers.Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             accepted = list(inspect.signature(_base(self.model).forward).parameters)
+            adapted = self._adapted()
+            for config in adapted.peft_config.values() if adapted is not None else ():
+                accepted += sorted(config.method().own_inputs)
             columns: Any = [*accepted, *sorted({"label", "label_ids", *self.label_names})]
             self._signature_columns = columns
 
     # ---- Training ----
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As in transformers; `lora_optimizer` of our training arguments makes one of the LoRA family."""
+        name = getattr(self.args, "lora_optimizer", None)
+        if self.optimizer is not None or name is None:
+            return super().create_optimizer(model)
+        args: Any = self.args
+        adapted: Any = self.model if model is None else model
+        if name == "riemannian":
+            return with_preconditioner(super().create_optimizer(model), adapted, args.riemannian_reg)
+        self.optimizer = self._lora_optimizer(args, adapted)
+        return self.optimizer
+
+    def _lora_optimizer(self, args: Any, model: Any) -> torch.optim.Optimizer:
+        if args.lora_optimizer == "lorafa":
+            moments = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+            return create_lorafa_optimizer(model, lr=args.learning_rate, weight_decay=args.weight_decay, **moments)
+        cls, settings = self.get_optimizer_cls_and_kwargs(args, model)
+        if (
+            not isinstance(cls, type)
+            or not issubclass(cls, torch.optim.Optimizer)
+            or {"params", "model"} & set(settings)
+        ):
+            raise UnsupportedError(f"optim={args.optim!r} chooses its own parameters: no lora_optimizer goes with it.")
+        return create_loraplus_optimizer(
+            model,
+            cls,
+            loraplus_lr_ratio=args.loraplus_lr_ratio,
+            loraplus_lr_embedding=args.loraplus_lr_embedding,
+            loraplus_weight_decay=args.weight_decay,
+            **settings,
+        )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *rest: Any, **named: Any) -> Any:
         """As in transformers; `resume_from_checkpoint=True` takes the newest complete checkpoint.
@@ -130,9 +175,23 @@ class Trainer(transformers.Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One forward and backward pass, between checks of the labels and of the loss."""
         guards.check_labels(inputs, self.label_names, self.state.global_step, self._loss_shifts_labels)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with self._loss_at_labels():
+            loss = super().training_step(model, inputs, num_items_in_batch)
         guards.check_loss(loss, self.state.global_step, self._get_learning_rate())
         return loss
+
+    def _loss_at_labels(self) -> AbstractContextManager[None]:
+        """Lets causal language models compute logits where labels are, if nothing else looks at the logits."""
+        others = self.compute_loss_func is not None or self.label_smoother is not None
+        if others or not self._loss_shifts_labels or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return nullcontext()
+        if self._labelled_loss is None:
+            try:
+                self._labelled_loss = LabelledLoss(_base(self.accelerator.unwrap_model(self.model)))
+            except UnsupportedError as error:
+                logger.info(f"Logits are computed for all positions: {error}.")
+                self._labelled_loss = nullcontext
+        return self._labelled_loss()
 
     def compute_loss(
         self,
@@ -209,6 +268,9 @@ class Trainer(transformers.Trainer):
         with checkpoints.saving(final, owner=self.args.should_save) as partial:
             self.accelerator.wait_for_everyone()  # the owner clears the folder before others write into it
             self.save_model(str(partial), _internal_call=True)
+            adapted = self._adapted()
+            if adapted is not None and self.args.should_save:
+                schedules.save(adapted, partial)
             if not self.args.save_only_model:
                 self._save_optimizer_and_scheduler(str(partial))
                 self._save_scaler(str(partial))
@@ -272,6 +334,7 @@ def load_adapters(model: Any, folder: Path) -> None:
     Raises:
         CheckpointError: A file is missing or damaged, or its tensors are not those of the model's adapter.
     """
+    schedules.load(model, folder)
     for name in model.peft_config:
         tensors = load_peft_weights(folder if name == "default" else folder / name)
         set_peft_model_state_dict(model, tensors, adapter_name=name)
