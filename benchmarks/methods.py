@@ -1,8 +1,8 @@
 """Every method that `peft` has too: time and memory of a training step on layers of SmolLM2's shapes.
 
-Same base, same configuration, same batch, forward, backward and optimiser step. Two decoder layers of SmolLM2-135M stand
-for thirty: what a method costs, it costs in every layer. The vocabulary is cut to 2,000, so that the output head, which no
-method touches, does not hide the difference.
+Same base, same configuration, same batch, forward, backward and optimiser step. Two decoder layers of SmolLM2-135M
+stand for thirty: what a method costs, it costs in every layer. The vocabulary is cut to 2,000, so that the output head,
+which no method touches, does not hide the difference.
 """
 
 from __future__ import annotations
@@ -26,6 +26,12 @@ SAME = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", 
 SETTINGS: dict[str, dict[str, Any]] = {
     "adalora": {"total_step": 1000, "tinit": 10, "tfinal": 10},
     "adamss": {"r": 64},
+    "bdlora": {
+        "use_bdlora": {
+            "target_modules_bd_a": SAME["target_modules"][:3],
+            "target_modules_bd_b": SAME["target_modules"][3:],
+        }
+    },
     "boft": {"boft_block_size": 8, "boft_block_num": 0},
     "c3a": {"block_size": 64},
     "ia3": {"feedforward_modules": ["down_proj"]},
@@ -38,7 +44,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "vblora": {"vector_length": 64},
     "vera": {"r": 64},
 }
-LEFT_OUT = {"alora": "needs invocation tokens", "arrow": "routes between trained adapters"}
+LEFT_OUT = {
+    "alora": "needs invocation tokens",
+    "arrow": "routes between trained adapters",
+    "loftq": "starts from a quantised base",
+}
 DORA_TO_LORA = 1.3
 
 
@@ -72,7 +82,8 @@ def compared() -> list[str]:
     """Methods that both libraries have and that change modules."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    from veneer.config import ModuleConfig, methods
+    from veneer.config import ModuleConfig
+    from veneer.registry import methods
 
     return [
         name
@@ -110,7 +121,7 @@ def _adapted(library: str, name: str) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from veneer import get_peft_model, parse_method
-    from veneer.config import methods
+    from veneer.registry import methods
 
     torch.manual_seed(0)
     base = LlamaForCausalLM(
@@ -123,12 +134,15 @@ def _adapted(library: str, name: str) -> Any:
             vocab_size=VOCABULARY,
         )
     )
-    settings = {**SAME, **SETTINGS.get(name, {}), "task_type": "CAUSAL_LM"}
+    preset = next(preset for other, _, preset in methods() if other == name)
+    settings = {**SAME, **preset, **SETTINGS.get(name, {}), "task_type": "CAUSAL_LM"}
     if library == "veneer":
         return get_peft_model(base, parse_method({"name": name, **settings}))
     cls = PEFT_TYPE_TO_CONFIG_MAPPING[parse_method({"name": name}).peft_type]
     known = {entry.name for entry in dataclasses.fields(cls)}
-    preset = next(preset for other, _, preset in methods() if other == name)
+    plain = {
+        key: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value for key, value in settings.items()
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of peft, about its own defaults
-        return in_peft(base, cls(**{key: value for key, value in {**preset, **settings}.items() if key in known}))
+        return in_peft(base, cls(**{key: value for key, value in plain.items() if key in known}))

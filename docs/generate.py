@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,47 +18,78 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 import veneer  # noqa: E402
-from contract.places import SPOTS, Spot, config, randomise  # noqa: E402
-from veneer.adapter import WeightAdapter  # noqa: E402
-from veneer.config import PeftConfig, methods  # noqa: E402
+from contract.places import SPOTS, Spot, config, randomise, said_of, settings_of  # noqa: E402
+from veneer.adapter import Adapter, WeightAdapter  # noqa: E402
+from veneer.config import PeftConfig  # noqa: E402
 from veneer.errors import VeneerError  # noqa: E402
+from veneer.method_strings import parse_method  # noqa: E402
+from veneer.registry import methods  # noqa: E402
 
 KINDS = ("linear", "conv", "embedding", "norm", "parameter")
 
 
-def published() -> list[tuple[str, type[PeftConfig], dict[str, Any]]]:
-    return list(methods())
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A registered method: its name, what carries it out, its configuration and what of that the name sets."""
+
+    name: str
+    adapter: type[Adapter]
+    config: type[PeftConfig]
+    preset: dict[str, Any]
+
+    @property
+    def page(self) -> str:
+        """Name of its file, and of its page; a method of another name is a preset of that file's."""
+        return self.adapter.__module__.rpartition(".")[2]
+
+    @property
+    def lines(self) -> int:
+        return len(Path(inspect.getfile(self.adapter)).read_text(encoding="utf-8").splitlines())
 
 
-def summary(cls: type[PeftConfig]) -> str:
+def published() -> list[Method]:
+    return [Method(name, parse_method({"name": name}).method(), cls, preset) for name, cls, preset in methods()]
+
+
+def summary(adapter: type[Adapter]) -> str:
     """First sentence of the method's docstring."""
-    return (inspect.getdoc(cls.adapter) or "").partition("\n")[0].rstrip(".")
+    return (inspect.getdoc(adapter) or "").partition("\n")[0].rstrip(".").replace("|", "\\|")
 
 
-def source(cls: type[PeftConfig]) -> str:
+def source(adapter: type[Adapter]) -> str:
     """The paper, as an arXiv link."""
-    found = re.search(r"Source: (.*?), arXiv:(\d+\.\d+)", inspect.getdoc(cls.adapter) or "", re.DOTALL)
+    found = re.search(r"Source: (.*?), arXiv:(\d+\.\d+)", inspect.getdoc(adapter) or "", re.DOTALL)
     return f"[{' '.join(found[1].split())}](https://arxiv.org/abs/{found[2]})" if found else ""
 
 
 def method_table() -> str:
     rows = ["| method | what it does | source |", "|---|---|---|"]
-    for name, cls, preset in published():
-        note = f" (`bottleneck` with {', '.join(f'{k}={v}' for k, v in preset.items())})" if preset else ""
-        page = cls.__module__.rpartition(".")[2]
-        rows.append(f"| [`{name}`](docs/methods/{page}.md) | {summary(cls)}{note} | {source(cls)} |")
+    for method in published():
+        note = ""
+        if method.preset and method.name != method.page:
+            note = f" (`{method.page}` with {', '.join(f'{k}={v}' for k, v in method.preset.items())})"
+        page = f"[`{method.name}`](docs/methods/{method.page}.md)"
+        rows.append(f"| {page} | {summary(method.adapter)}{note} | {source(method.adapter)} |")
     return "\n".join(rows)
+
+
+def lines_table() -> str:
+    """Lines of every method's file, with its configuration and its documentation."""
+    own = [method for method in published() if method.name == method.page]
+    rows = ["| method | lines |", "|---|---|", *(f"| `{method.name}` | {method.lines} |" for method in own)]
+    return "\n".join([*rows, f"| median | {statistics.median(method.lines for method in own):.0f} |"])
 
 
 def tried(name: str, spot: Spot) -> set[str]:
     """What the method can do on a place: run, merge, mixed."""
+    settings = (settings_of(name) or [said_of(name, "SHOWN", {})])[0]
     try:
-        model = veneer.get_peft_model(spot.model(), config(name, {}, spot))
+        model = veneer.get_peft_model(spot.model(), config(name, settings, spot))
     except VeneerError:
         return set()
     randomise(model)
     x, can = spot.input(), {"run"}
-    model.add_adapter("other", config(name, {}, spot))
+    model.add_adapter("other", config(name, settings, spot))
     for what, attempt in (
         ("mixed", lambda: model(x, adapter_names=["default", "other", "__base__", "default"])),
         ("merge", model.merge_adapter),
@@ -87,15 +119,17 @@ def cell(name: str, kind: str) -> str:
 
 def support_table() -> str:
     rows = [f"| method | {' | '.join(KINDS)} | file type |", f"|---|{'---|' * len(KINDS)}---|"]
-    for name, cls, _ in published():
-        if name == cls.__module__.rpartition(".")[2]:
-            rows.append(f"| `{name}` | {' | '.join(cell(name, kind) for kind in KINDS)} | `{cls.peft_name}` |")
+    for method in published():
+        if method.name == method.page:
+            cells = " | ".join(cell(method.name, kind) for kind in KINDS)
+            rows.append(f"| `{method.name}` | {cells} | `{method.config.peft_name}` |")
     return "\n".join(rows)
 
 
-def page(cls: type[PeftConfig], names: list[str]) -> str:
+def page(method: Method, names: list[str]) -> str:
     """The page of one method."""
-    kind = "Changes the weight" if issubclass(cls.adapter, WeightAdapter) else "Changes the output"
+    adapter, cls = method.adapter, method.config
+    kind = "Changes the weight" if issubclass(adapter, WeightAdapter) else "Changes the output"
     settings = ["| setting | type | default |", "|---|---|---|"]
     base = {entry.name for entry in dataclasses.fields(PeftConfig)}
     for entry in dataclasses.fields(cls):
@@ -106,13 +140,13 @@ def page(cls: type[PeftConfig], names: list[str]) -> str:
         settings.append(f"| `{entry.name}` | `{kind_of}` | `{default!r}` |")
     return "\n".join(
         [
-            f"# {cls.adapter.__name__}",
+            f"# {adapter.__name__}",
             "",
             f"Method strings: {', '.join(f'`{name}`' for name in names)}. {kind}; attaches to "
-            f"{', '.join(sorted(cls.adapter.kinds)) or 'any module'}.",
+            f"{', '.join(sorted(adapter.kinds)) or 'any module'}.",
             "",
             "```text",
-            inspect.getdoc(cls.adapter) or "",
+            inspect.getdoc(adapter) or "",
             "```",
             "",
             f"## `{cls.__name__}`",
@@ -129,7 +163,7 @@ def replace(text: str, name: str, content: str) -> str:
     """Puts `content` between the markers of that name."""
     start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     if start not in text or end not in text:
-        raise SystemExit(f"README.md has no markers {start} ... {end}")
+        raise SystemExit(f"There are no markers {start} ... {end}")
     before, _, rest = text.partition(start)
     return f"{before}{start}\n{content}\n{end}{rest.partition(end)[2]}"
 
@@ -138,11 +172,13 @@ def main() -> int:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     readme = replace(readme, "methods", method_table())
     files = {ROOT / "README.md": replace(readme, "support", support_table())}
-    by_class: dict[type[PeftConfig], list[str]] = {}
-    for name, cls, _ in published():
-        by_class.setdefault(cls, []).append(name)
-    for cls, names in by_class.items():
-        files[ROOT / "docs" / "methods" / f"{cls.__module__.rpartition('.')[2]}.md"] = page(cls, names)
+    guide = ROOT / "docs" / "how-to-add-a-method.md"
+    files[guide] = replace(guide.read_text(encoding="utf-8"), "lines", lines_table())
+    by_page: dict[str, list[Method]] = {}
+    for method in published():
+        by_page.setdefault(method.page, []).append(method)
+    for name, those in by_page.items():
+        files[ROOT / "docs" / "methods" / f"{name}.md"] = page(those[0], [method.name for method in those])
     stale = [path for path, text in files.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if "--check" in sys.argv:
         for path in stale:

@@ -3,8 +3,8 @@ from typing import Any
 import pytest
 from transformers import SchedulerType
 
-from veneer.config import parse_method
 from veneer.errors import ConfigError
+from veneer.method_strings import parse_method
 from veneer.options import DataOptions, ModelOptions, OutputOptions, RunOptions, Task
 from veneer.training import arguments
 
@@ -14,7 +14,7 @@ def resolve(
     **training: Any,
 ) -> dict[str, Any]:  # fmt: skip
     output = OutputOptions("out", early_stopping_patience=patience)
-    options = RunOptions(task, ModelOptions("m"), DataOptions("d"), output, training=training)
+    options = RunOptions(task, ModelOptions("m"), DataOptions("d"), output, method, training)
     return arguments.resolve(options, parse_method(method).learning_rates[task], evaluates)
 
 
@@ -25,6 +25,36 @@ def test_defaults_suit_adapters_and_give_way() -> None:
     assert resolve()["eval_strategy"] == resolve()["save_strategy"] == "epoch"
     assert "eval_strategy" not in resolve(evaluates=False)
     assert resolve(learning_rate=3e-5, seed=7)["learning_rate"] == 3e-5
+
+
+def test_optimisers_of_the_lora_family() -> None:
+    args = arguments.build(resolve(lora_optimizer="loraplus", loraplus_lr_ratio="8", optim="sgd"), "out")
+    assert (args.lora_optimizer, args.loraplus_lr_ratio, args.riemannian_reg, args.optim) == (
+        "loraplus",
+        8,
+        0.01,
+        "sgd",
+    )
+    assert arguments.build(resolve(), "out").lora_optimizer is None
+    assert resolve(method="dora", lora_optimizer="lorafa")["lora_optimizer"] == "lorafa"
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"lora_optimizer": "lorapuls"}, r"training: .*lora_optimizer"),
+        (
+            {"lora_optimizer": "loraplus", "method": "bitfit"},
+            r"'loraplus', which is made for .* the method is 'bitfit'",
+        ),
+        ({"loraplus_lr_ratio": 4.0}, r"loraplus_lr_ratio is 4\.0, but training\.lora_optimizer is None\. .*'loraplus'"),
+        ({"riemannian_reg": 0.1, "lora_optimizer": "lorafa"}, r"riemannian_reg is 0\.1, but .* is 'lorafa'"),
+        ({"optim": "sgd", "lora_optimizer": "lorafa"}, r"optim is 'sgd', but LoRA-FA is an Adam of its own"),
+    ],
+)
+def test_optimisers_that_do_not_fit_are_refused(training: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve(**training)
 
 
 def test_what_is_resolved_builds_the_arguments() -> None:

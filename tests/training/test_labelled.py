@@ -73,7 +73,7 @@ def adapted(name: str, method: str = "lora:r=3,target_modules=all-linear") -> ve
 @pytest.mark.parametrize("pieces", [3, 10**6])
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_and_gradients_are_those_of_the_model(name: str, pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(labelled, "_pieces", lambda x, vocabulary: pieces)
+    monkeypatch.setattr(labelled, "_pieces", lambda vocabulary: pieces)
     model = adapted(name)
     usual = loss_and_gradients(model)
     context = LabelledLoss(model.get_base_model())
@@ -89,7 +89,7 @@ def test_loss_and_gradients_are_those_of_the_model(name: str, pieces: int, monke
 
 @pytest.mark.parametrize("method", ["lora:r=2,target_modules=[lm_head]", "lora:r=2,modules_to_save=[lm_head]"])
 def test_a_trained_head_has_its_gradients(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(labelled, "_pieces", lambda x, vocabulary: 4)
+    monkeypatch.setattr(labelled, "_pieces", lambda vocabulary: 4)
     model = adapted("llama", method)
     usual = loss_and_gradients(model)
     with LabelledLoss(model.get_base_model())():

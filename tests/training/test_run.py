@@ -43,6 +43,18 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_run_with_lora_fa_trains_and_reports_the_second_factors(classify: Options) -> None:
+    console = quiet()
+    options = classify("lora:r=8,target_modules=[query]", num_train_epochs=1, lora_optimizer="lorafa")
+    result = train(options, console=console)
+    saved = tensors(result.folder)
+    counted = sum(tensor.numel() for name, tensor in saved.items() if "lora_A" not in name)
+    assert result.trained_parameters == counted
+    assert f"Trained: {counted:,} of" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(tensor.any() for name, tensor in saved.items() if "lora_B" in name)
+    assert run_folder.read_options(result.folder).training["lora_optimizer"] == "lorafa"
+
+
 def test_a_classification_run_from_options_to_answers(classify: Options, reviews: Path, tmp_path: Path) -> None:
     options = classify("lora:r=8,target_modules=all-linear", num_train_epochs=10, learning_rate=2e-2)
     console = quiet()
@@ -359,3 +371,41 @@ def test_texts_are_read_from_files(finished: Path, tmp_path: Path) -> None:
     assert [text for text in read_texts(finished, str(tmp_path / "new.txt")) if text] == ["warm film", "dull film"]
     with pytest.raises(DataError, match="no column looks like the text"):
         read_texts(finished, str(tmp_path / "bare.csv"))
+
+
+def test_a_method_that_needs_data_sees_training_batches(classify: Options, tmp_path: Path) -> None:
+    console = quiet()
+    options = classify("lora:r=4,init_lora_weights=eva,eva_config={rho: 1.0}", num_train_epochs=1)
+    options.data.preparation_batches = 5
+    result = train(options, console=console)
+    assert "Shown to the method before training: 5 batches of 8." in console.file.getvalue()  # type: ignore[attr-defined]
+    assert result.config["eva_config"]["rho"] == 1.0
+    other = train(classify("lora:r=4", output={"folder": str(tmp_path / "other")}, num_train_epochs=1), console=quiet())
+    assert not same(tensors(result.folder), tensors(other.folder))
+    options.data.preparation_batches = 0
+    options.output.overwrite = True
+    with pytest.raises(ConfigError, match="preparation_batches is 0"):
+        train(options, console=quiet())
+
+
+def test_ranks_chosen_from_data_come_back_in_a_resumed_run(classify: Options, tmp_path: Path) -> None:
+    method = "lora:r=4,target_modules=all-linear,init_lora_weights=eva,eva_config={tau: 0.5}"
+    whole = train(classify(method, output={"folder": str(tmp_path / "whole")}), console=quiet())
+    assert set(whole.config["rank_pattern"].values()) != {4}
+
+    class Stop(TrainerCallback):
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.epoch > 0.9:
+                raise KeyboardInterrupt
+
+    cut = classify(method)
+    with pytest.raises(KeyboardInterrupt):
+        train(classify(method, save_steps=2), callbacks=[Stop()], console=quiet())
+    resumed = dataclasses.replace(cut, output=dataclasses.replace(cut.output, resume=True))
+    resumed.training["save_steps"] = 2
+    result = train(resumed, console=quiet())
+    assert result.config["rank_pattern"] == whole.config["rank_pattern"]
+    ours, theirs = tensors(result.folder), tensors(whole.folder)
+    assert ours.keys() == theirs.keys()
+    for key, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[key], rtol=1e-5, atol=1e-6)

@@ -13,14 +13,14 @@ from transformers import (
     AutoModelForSequenceClassification,
     EarlyStoppingCallback,
     TrainerCallback,
-    TrainingArguments,
 )
 
 from veneer.data import Collator
-from veneer.errors import CheckpointError, DataError, VeneerError, VeneerWarning
+from veneer.errors import CheckpointError, DataError, UnsupportedError, VeneerError, VeneerWarning
 from veneer.evaluation import metrics
 from veneer.model import PeftModel, get_peft_model
 from veneer.training import checkpoints
+from veneer.training.arguments import TrainingArguments
 from veneer.training.trainer import Trainer, load_adapters
 
 QUIET: dict[str, Any] = {
@@ -99,6 +99,82 @@ def test_resuming_ends_in_the_same_weights(classifier: Callable[..., PeftModel],
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert resumed.state.global_step == 9
         assert_same(trained(again), trained(model))
+
+
+@pytest.mark.parametrize("name", ["loraplus", "lorafa", "riemannian"])
+def test_resuming_with_an_optimiser_of_the_lora_family(
+    classifier: Callable[..., PeftModel], tmp_path: Path, name: str
+) -> None:
+    plain, model, again = classifier(), classifier(), classifier()
+    start = trained(model)
+    trainer(plain, tmp_path / "plain", rows(17), **RESUMED).train()
+    settings = {**RESUMED, "lora_optimizer": name}
+    trainer(model, tmp_path, rows(17), **settings).train()
+    resumed = trainer(again, tmp_path / "again", rows(17), **{**settings, "save_strategy": "no"})
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert_same(trained(again), trained(model))
+    after = trained(model)
+    assert any(not torch.equal(after[key], tensor) for key, tensor in trained(plain).items() if key in after)
+    assert all(not torch.equal(after[key], start[key]) for key in after)
+    assert any(key.endswith(".down") for key in after) == (name != "lorafa")
+
+
+def test_what_an_optimiser_of_the_lora_family_does_not_go_with(
+    classifier: Callable[..., PeftModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = classifier("bitfit:task_type=SEQ_CLS")
+    with pytest.raises(UnsupportedError, match=r"LoRA\+ is made for LoRA's two factors"):
+        trainer(model, tmp_path, rows(17), lora_optimizer="loraplus").train()
+    # As for GaLore and LOMO, whose packages are not there.
+    chosen = staticmethod(lambda args, model: (torch.optim.SGD, {"params": []}))
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", chosen)
+    with pytest.raises(UnsupportedError, match="chooses its own parameters"):
+        trainer(classifier(), tmp_path, rows(17), lora_optimizer="loraplus").train()
+
+
+SCHEDULED = [
+    "adalora:init_r=4,target_r=2,tinit=1,tfinal=3,deltaT=2,task_type=SEQ_CLS",
+    "adamss:r=8,num_subspaces=3,use_asa=true,asa_target_subspaces=5,init_warmup=1,final_warmup=6,mask_interval=2,"
+    "task_type=SEQ_CLS",
+]
+
+
+@pytest.mark.parametrize("method", SCHEDULED)
+def test_resuming_goes_on_with_a_schedule(classifier: Callable[..., PeftModel], tmp_path: Path, method: str) -> None:
+    model = classifier(method)
+    trainer(model, tmp_path, rows(17), **RESUMED).train()
+    config = model.peft_config["default"]
+    for step in (2, 5, 7, 9):  # before, between and after choices, and at the very end
+        again = classifier(method)
+        resumed = trainer(again, tmp_path / "again", rows(17), **{**RESUMED, "save_strategy": "no"})
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert_same(trained(again), trained(model))
+        assert again.peft_config["default"] == config
+        again.save_pretrained(tmp_path / "saved")
+        loaded = PeftModel.from_pretrained(classifier(method).unload(), tmp_path / "saved")
+        batch = COLLATE([rows(1)[0]])
+        torch.testing.assert_close(loaded(**batch).logits, again.eval()(**batch).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_a_schedule_takes_the_length_of_the_training(classifier: Callable[..., PeftModel], tmp_path: Path) -> None:
+    model = classifier(SCHEDULED[0])
+    trainer(model, tmp_path, rows(17), max_steps=7).train()
+    assert model.peft_config["default"].total_step == 7
+    kept = [sum(mask) for mask in model.peft_config["default"].rank_pattern.values()]
+    assert sum(kept) == 2 * len(kept)
+
+
+def test_rows_bring_what_is_meant_for_the_adapter(classifier: Callable[..., PeftModel], tmp_path: Path) -> None:
+    def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**COLLATE(examples), "task_ids": [example["task_ids"] for example in examples]}
+
+    model = classifier("mtl_lora:num_tasks=3,task_type=SEQ_CLS")
+    before = trained(model)
+    data = rows(8).add_column("task_ids", [0, 2] * 4)
+    args = TrainingArguments(output_dir=str(tmp_path), **QUIET, max_steps=3)
+    Trainer(model, args, data_collator=collate, train_dataset=data).train()
+    moved = [(model.get_parameter(name) != start).flatten(1).any(1) for name, start in before.items() if "mix" in name]
+    assert all(each.tolist() == [True, False, True] for each in moved)
 
 
 def test_a_finished_run_does_no_further_step_when_resumed(classifier: Callable[..., PeftModel], tmp_path: Path) -> None:
