@@ -56,10 +56,20 @@ def summary(adapter: type[Adapter]) -> str:
     return (inspect.getdoc(adapter) or "").partition("\n")[0].rstrip(".").replace("|", "\\|")
 
 
-def source(adapter: type[Adapter]) -> str:
-    """The paper, as an arXiv link."""
-    found = re.search(r"Source: (.*?), arXiv:(\d+\.\d+)", inspect.getdoc(adapter) or "", re.DOTALL)
-    return f"[{' '.join(found[1].split())}](https://arxiv.org/abs/{found[2]})" if found else ""
+def source(method: Method) -> str:
+    """The paper, as an arXiv link where it is there: the one that bears the method's name, or else the first."""
+    text = " ".join((inspect.getdoc(method.adapter) or "").partition("Source: ")[2].split())
+    papers = [
+        match
+        for part in text.split("; ")
+        if (match := re.match(r"(?:[A-Za-z ]+: )?(.+? \d{4})(?:, arXiv:([\d.]+\d))?", part))
+    ]
+    name = method.name.replace("_", " ")
+    named = [paper for paper in papers if name in paper[0].lower()]
+    if not papers:
+        return ""
+    paper = (named or papers)[0]
+    return f"[{paper[1]}](https://arxiv.org/abs/{paper[2]})" if paper[2] else paper[1]
 
 
 def method_table() -> str:
@@ -69,7 +79,7 @@ def method_table() -> str:
         if method.preset and method.name != method.page:
             note = f" (`{method.page}` with {', '.join(f'{k}={v}' for k, v in method.preset.items())})"
         page = f"[`{method.name}`](docs/methods/{method.page}.md)"
-        rows.append(f"| {page} | {summary(method.adapter)}{note} | {source(method.adapter)} |")
+        rows.append(f"| {page} | {summary(method.adapter)}{note} | {source(method)} |")
     return "\n".join(rows)
 
 
