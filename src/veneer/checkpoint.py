@@ -101,12 +101,13 @@ def fill(
         )
     if shared is not None:  # first: adapters may make what the file lacks from it
         shared.from_file({key: given[above + key] for key in shared.to_file() if above + key in given})
-        devices = [adapter.site.device for _, adapter, _ in adapters if adapter.site is not None]
-        if devices and devices[0].type != "meta":
-            shared.to(devices[0])  # what was created without memory lies where the file was read
     for key, adapter, own in adapters:
         names = dict.fromkeys([*(tensor_name for tensor_name, _ in own), *adapter.optional])
         adapter.from_file({own_name: given[f"{key}.{own_name}"] for own_name in names if f"{key}.{own_name}" in given})
+    if shared is not None:  # what was created without memory lies where the file was read
+        devices = [adapter.site.device for _, adapter, _ in adapters if adapter.site is not None]
+        if devices and devices[0].type != "meta":
+            shared.to(devices[0])
     for _, adapter, _ in adapters:
         adapter.prepared = True  # what it needed data for has been read
     for key, adapter in biases.items():

@@ -166,7 +166,7 @@ def low_pass(name: str) -> list[float]:
     P((2 - z - 1/z) / 4), P(y) = sum over k < N of binomial(N - 1 + k, k) y^k: the one within the unit circle. A symlet
     takes other halves of the pairs, for a filter that is nearly symmetric.
     """
-    import mpmath  # comes with torch; wanted here alone
+    import mpmath  # comes with torch, by way of sympy; wanted here alone
 
     family, order = family_of(name)
     if family == "coif":
