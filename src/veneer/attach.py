@@ -15,7 +15,7 @@ from veneer.config import ModuleConfig, PeftConfig
 from veneer.errors import ConfigError, StateError, TargetError, UnsupportedError, VeneerWarning, nearest
 from veneer.sites import ParameterSite, Site, parameter_site, site_of
 from veneer.targets import match, resolve, walk
-from veneer.trained_copy import TrainedCopy, tied_modules, warn_if_tied
+from veneer.trained_copy import copies_of, tie_copies, tied_modules
 
 Place = tuple[str, str | None]
 """Path of a module, and the name of its bare parameter where that is what is adapted."""
@@ -85,7 +85,7 @@ def attach(
         for _, adapter in planned:
             adapter.prepared = not (isinstance(adapter, method) and method.needs_data(config))
             adapter.reset()
-    copies = _copies(below, config, optional_copies)
+    copies = copies_of(below, config, optional_copies)
     for path, copy in copies.items():
         _fit(copy, modules[path], autocast)
     for place, adapter in [*planned, *more, *(((path, None), copy) for path, copy in copies.items())]:
@@ -95,7 +95,7 @@ def attach(
             adapter.site = wrapper.site
         wrapper.adapters[name] = adapter
     if getattr(config, "ensure_weight_tying", False):
-        _tie(modules, copies)
+        tie_copies(modules, copies)
     return config
 
 
@@ -368,49 +368,6 @@ def _refuse_tied(modules: Mapping[str, nn.Module], places: Iterable[Place]) -> N
                 "are not tied in this version. Name it in modules_to_save instead of target_modules, or leave "
                 "ensure_weight_tying out to adapt it alone."
             )
-
-
-def _copies(modules: Mapping[str, nn.Module], config: ModuleConfig, optional: Iterable[str]) -> dict[str, TrainedCopy]:
-    """A trained copy for every module that `modules_to_save` names.
-
-    Raises:
-        TargetError: A name matches nothing, or one match lies within another.
-    """
-    names = list(config.modules_to_save or [])
-    chosen: dict[str, None] = {}
-    for name in names:
-        matches = [path for path in modules if path.endswith(name)]  # as in `peft`, also within a word
-        if not matches and name not in optional:
-            leaves = {path.rpartition(".")[2] for path in modules}
-            raise TargetError(f"modules_to_save: {name!r} matches no module.{nearest(name, leaves)}")
-        chosen.update(dict.fromkeys(matches))
-    if getattr(config, "ensure_weight_tying", False):
-        tied = [other for path in chosen for other in tied_modules(modules, path)]
-        if not tied and not config.companions():
-            warnings.warn(
-                "ensure_weight_tying=True ties nothing: no module of modules_to_save shares its weight with another.",
-                VeneerWarning,
-                stacklevel=4,
-            )
-        chosen.update(dict.fromkeys(tied))
-    else:
-        warn_if_tied(modules, list(chosen))
-    for path in chosen:
-        outer = next((other for other in chosen if path.startswith(other + ".")), None)
-        if outer is not None:
-            raise TargetError(f"modules_to_save: {path} lies within {outer}, which is trained whole. Name one of them.")
-    return {path: TrainedCopy(modules[path], config) for path in chosen}
-
-
-def _tie(modules: Mapping[str, nn.Module], copies: Mapping[str, TrainedCopy]) -> None:
-    """Makes copies of modules that share a parameter share its copy."""
-    first: dict[int, nn.Parameter] = {}
-    for path, trained in copies.items():
-        for name, parameter in modules[path]._parameters.items():
-            if parameter is not None:
-                own = trained.module._parameters[name]
-                assert own is not None
-                trained.module._parameters[name] = first.setdefault(id(parameter), own)
 
 
 def set_trainable(root: nn.Module, names: Iterable[str], *, trainable: bool = True) -> None:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from veneer.adapted import Adapted
 from veneer.adapter import Adapter, Base
-from veneer.config import PeftConfig
-from veneer.errors import VeneerWarning
+from veneer.config import ModuleConfig, PeftConfig
+from veneer.errors import TargetError, VeneerWarning, nearest
 
 
 class TrainedCopy(Adapter):
@@ -88,3 +88,48 @@ def warn_if_tied(modules: Mapping[str, nn.Module], saved: list[str]) -> None:
                 VeneerWarning,
                 stacklevel=4,
             )
+
+
+def copies_of(
+    modules: Mapping[str, nn.Module], config: ModuleConfig, optional: Iterable[str]
+) -> dict[str, TrainedCopy]:
+    """A trained copy for every module that `modules_to_save` names.
+
+    Raises:
+        TargetError: A name matches nothing, or one match lies within another.
+    """
+    names = list(config.modules_to_save or [])
+    chosen: dict[str, None] = {}
+    for name in names:
+        matches = [path for path in modules if path.endswith(name)]  # as in `peft`, also within a word
+        if not matches and name not in optional:
+            leaves = {path.rpartition(".")[2] for path in modules}
+            raise TargetError(f"modules_to_save: {name!r} matches no module.{nearest(name, leaves)}")
+        chosen.update(dict.fromkeys(matches))
+    if getattr(config, "ensure_weight_tying", False):
+        tied = [other for path in chosen for other in tied_modules(modules, path)]
+        if not tied and not config.companions():
+            warnings.warn(
+                "ensure_weight_tying=True ties nothing: no module of modules_to_save shares its weight with another.",
+                VeneerWarning,
+                stacklevel=4,
+            )
+        chosen.update(dict.fromkeys(tied))
+    else:
+        warn_if_tied(modules, list(chosen))
+    for path in chosen:
+        outer = next((other for other in chosen if path.startswith(other + ".")), None)
+        if outer is not None:
+            raise TargetError(f"modules_to_save: {path} lies within {outer}, which is trained whole. Name one of them.")
+    return {path: TrainedCopy(modules[path], config) for path in chosen}
+
+
+def tie_copies(modules: Mapping[str, nn.Module], copies: Mapping[str, TrainedCopy]) -> None:
+    """Makes copies of modules that share a parameter share its copy."""
+    first: dict[int, nn.Parameter] = {}
+    for path, trained in copies.items():
+        for name, parameter in modules[path]._parameters.items():
+            if parameter is not None:
+                own = trained.module._parameters[name]
+                assert own is not None
+                trained.module._parameters[name] = first.setdefault(id(parameter), own)

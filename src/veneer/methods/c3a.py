@@ -109,6 +109,7 @@ class C3AConfig(WeightConfig):
 
     adapter = C3A
     peft_name = "C3A"
+    own_fields = frozenset({"exclude_modules"})
     patterns = {"block_size_pattern": "block_size"}  # noqa: RUF012  # read only
     learning_rates = {"classification": 1e-1, "causal-lm": 3e-2}  # noqa: RUF012  # read only
 

@@ -221,6 +221,7 @@ class FrodConfig(WeightConfig):
 
     adapter = Frod
     peft_name = "FROD"
+    own_fields = frozenset({"exclude_modules"})
 
     sparse_rate: float = 0.01
     projection_prng_key: int = 0

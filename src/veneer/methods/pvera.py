@@ -99,6 +99,7 @@ class PveraConfig(WeightConfig):
 
     adapter = Pvera
     peft_name = "PVERA"
+    own_fields = frozenset({"exclude_modules"})
     learning_rates = {"classification": 4e-3, "causal-lm": 4e-3}  # noqa: RUF012  # read only
 
     r: int = 256

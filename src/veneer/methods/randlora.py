@@ -153,6 +153,7 @@ class RandLoraConfig(WeightConfig):
 
     adapter = RandLora
     peft_name = "RANDLORA"
+    own_fields = frozenset({"exclude_modules"})
 
     r: int = 32
     randlora_alpha: float = 640

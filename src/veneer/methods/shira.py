@@ -105,6 +105,7 @@ class ShiraConfig(ModuleConfig):
 
     adapter = Shira
     peft_name = "SHIRA"
+    own_fields = frozenset({"exclude_modules", "layers_pattern", "layers_to_transform"})
 
     r: int = 32
     mask_type: str = "random"

@@ -118,6 +118,7 @@ class SupertuningConfig(ModuleConfig):
 
     adapter = Supertuning
     peft_name = "SUPERTUNING"
+    own_fields = frozenset({"exclude_modules", "layers_pattern", "layers_to_transform"})
 
     sparsity: float = 0.99
     select_top: bool = True

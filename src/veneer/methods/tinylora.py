@@ -144,6 +144,7 @@ class TinyLoraConfig(WeightConfig):
 
     adapter = TinyLora
     peft_name = "TINYLORA"
+    own_fields = frozenset({"exclude_modules"})
     learning_rates = {"classification": 5e-3, "causal-lm": 2e-3}  # noqa: RUF012  # read only
 
     r: int = 2

@@ -146,6 +146,7 @@ class TrainableTokensConfig(ModuleConfig):
 
     adapter = TrainableTokens
     peft_name = "TRAINABLE_TOKENS"
+    own_fields = frozenset({"exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save"})
     default_targets = (["embed_tokens"],)
     ensure_weight_tying = False  # a setting of those beside other methods; here tied layers always are as one
 

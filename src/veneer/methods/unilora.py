@@ -152,6 +152,7 @@ class UniLoraConfig(WeightConfig):
 
     adapter = UniLora
     peft_name = "UNILORA"
+    own_fields = frozenset({"exclude_modules"})
     learning_rates = {"classification": 5e-3, "causal-lm": 2e-3}  # noqa: RUF012  # read only
 
     r: int = 4
