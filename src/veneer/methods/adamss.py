@@ -259,6 +259,7 @@ class AdamssConfig(ModuleConfig):
 
     adapter = Adamss
     peft_name = "ADAMSS"
+    learning_rates = {"classification": 1e-2, "causal-lm": 5e-3}  # noqa: RUF012  # read only
 
     r: int = 100
     num_subspaces: int = 5

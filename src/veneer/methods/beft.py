@@ -56,6 +56,6 @@ class BeftConfig(ModuleConfig):
     peft_name = "BEFT"
     own_fields = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern"})
     default_targets = (["attention-values"],)
-    learning_rates = {"classification": 2e-3, "causal-lm": 2e-3}  # noqa: RUF012  # as of BitFit
+    learning_rates = {"classification": 1e-2, "causal-lm": 5e-3}  # noqa: RUF012  # read only
 
     init_weights: bool = True

@@ -136,6 +136,7 @@ class BOFTConfig(WeightConfig):
 
     adapter = Boft
     peft_name = "BOFT"
+    learning_rates = {"classification": 5e-3, "causal-lm": 2e-3}  # noqa: RUF012  # read only
 
     boft_block_size: int = 4
     boft_block_num: int = 0

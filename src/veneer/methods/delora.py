@@ -112,6 +112,7 @@ class DeloraConfig(WeightConfig):
 
     adapter = Delora
     peft_name = "DELORA"
+    learning_rates = {"classification": 1e-4, "causal-lm": 1e-4}  # noqa: RUF012  # its steps are as long as the weight
     patterns = {"rank_pattern": "r", "lambda_pattern": "delora_lambda"}  # noqa: RUF012  # read only
 
     r: int = 8

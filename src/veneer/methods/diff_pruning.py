@@ -186,6 +186,7 @@ class DiffPruningConfig(ModuleConfig):
 
     adapter = DiffPruning
     peft_name = "DIFF_PRUNING"
+    learning_rates = {"classification": 1e-4, "causal-lm": 5e-5}  # noqa: RUF012  # of dense deltas, until they are pruned
     default_targets = ("all-linear",)
 
     density: float = 0.005

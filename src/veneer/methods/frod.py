@@ -221,6 +221,7 @@ class FrodConfig(WeightConfig):
 
     adapter = Frod
     peft_name = "FROD"
+    learning_rates = {"classification": 5e-3, "causal-lm": 2e-3}  # noqa: RUF012  # read only
     own_fields = frozenset({"exclude_modules"})
 
     sparse_rate: float = 0.01

@@ -107,6 +107,7 @@ class HiraConfig(ModuleConfig):
 
     adapter = Hira
     peft_name = "HIRA"
+    learning_rates = {"classification": 5e-3, "causal-lm": 2e-3}  # noqa: RUF012  # read only
     patterns = {"rank_pattern": "r"}  # noqa: RUF012  # read only
 
     r: int = 32

@@ -102,6 +102,7 @@ class HRAConfig(WeightConfig):
 
     adapter = Hra
     peft_name = "HRA"
+    learning_rates = {"classification": 5e-3, "causal-lm": 2e-3}  # noqa: RUF012  # read only
     own_fields = frozenset({"fan_in_fan_out"})
 
     r: int = 8

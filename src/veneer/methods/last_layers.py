@@ -47,6 +47,7 @@ class LastLayersConfig(FullConfig):
 
     adapter = LastLayers
     peft_name = "LAST_LAYERS"
+    learning_rates = {"classification": 3e-4, "causal-lm": 1e-4}  # noqa: RUF012  # read only
 
     layers: int = 1
     head: bool = True

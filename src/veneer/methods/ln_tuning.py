@@ -72,5 +72,6 @@ class LNTuningConfig(ModuleConfig):
 
     adapter = LNTuning
     peft_name = "LN_TUNING"
+    learning_rates = {"classification": 5e-3, "causal-lm": 2e-3}  # noqa: RUF012  # read only
     own_fields = frozenset({"layers_to_transform", "layers_pattern"})
     default_targets = (is_norm,)

@@ -175,6 +175,7 @@ class LoHaConfig(ModuleConfig):
 
     adapter = LoHa
     peft_name = "LOHA"
+    learning_rates = {"classification": 5e-3, "causal-lm": 2e-3}  # noqa: RUF012  # read only
     patterns = {"rank_pattern": "r", "alpha_pattern": "alpha"}  # noqa: RUF012  # read only
 
     r: int = 8

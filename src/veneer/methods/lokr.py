@@ -199,6 +199,7 @@ class LoKrConfig(ModuleConfig):
 
     adapter = LoKr
     peft_name = "LOKR"
+    learning_rates = {"classification": 1e-2, "causal-lm": 5e-3}  # noqa: RUF012  # read only
     patterns = {"rank_pattern": "r", "alpha_pattern": "alpha"}  # noqa: RUF012  # read only
 
     r: int = 8

@@ -168,6 +168,7 @@ class PsoftConfig(ModuleConfig):
 
     adapter = Psoft
     peft_name = "PSOFT"
+    learning_rates = {"classification": 5e-3, "causal-lm": 2e-3}  # noqa: RUF012  # read only
 
     r: int = 32
     psoft_alpha: int = 32

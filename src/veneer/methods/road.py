@@ -108,6 +108,7 @@ class RoadConfig(ModuleConfig):
 
     adapter = Road
     peft_name = "ROAD"
+    learning_rates = {"classification": 1e-2, "causal-lm": 5e-3}  # noqa: RUF012  # read only
     own_fields = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern"})
 
     variant: Literal["road_1", "road_2", "road_4"] = "road_1"

@@ -250,6 +250,7 @@ class SparseConfig(ModuleConfig):
 
     adapter = Chosen
     peft_name = "SPARSE"
+    learning_rates = {"classification": 5e-3, "causal-lm": 2e-3}  # noqa: RUF012  # read only
     default_targets = ("all-linear",)
 
     criterion: Literal["random", "magnitude", "gradient", "snip", "fisher"] = "magnitude"

@@ -118,6 +118,7 @@ class SupertuningConfig(ModuleConfig):
 
     adapter = Supertuning
     peft_name = "SUPERTUNING"
+    learning_rates = {"classification": 1e-2, "causal-lm": 5e-3}  # noqa: RUF012  # read only
     own_fields = frozenset({"exclude_modules", "layers_pattern", "layers_to_transform"})
 
     sparsity: float = 0.99

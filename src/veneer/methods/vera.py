@@ -137,7 +137,7 @@ class VeraConfig(WeightConfig):
     adapter = Vera
     peft_name = "VERA"
     own_fields = frozenset({"exclude_modules"})
-    learning_rates = {"classification": 4e-3, "causal-lm": 4e-3}  # noqa: RUF012  # read only
+    learning_rates = {"classification": 3e-2, "causal-lm": 4e-3}  # noqa: RUF012  # read only
 
     r: int = 256
     projection_prng_key: int = 0
