@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from sklearn.cluster import KMeans
 from torch import nn
 
 import veneer
@@ -88,10 +89,9 @@ def test_the_start_lies_in_the_weight() -> None:
 
 @pytest.mark.parametrize("count", [3, 40, 700])
 def test_groups_are_those_of_scikit_learn(count: int) -> None:
-    cluster = pytest.importorskip("sklearn.cluster")
     points = torch.randn(count, 8, generator=torch.Generator().manual_seed(count))
     for number in (1, 5):
-        fitted = cluster.KMeans(min(number, count), init="random", n_init=1, max_iter=10, random_state=123456789)
+        fitted = KMeans(min(number, count), init="random", n_init=1, max_iter=10, random_state=123456789)
         labels = torch.from_numpy(fitted.fit_predict(points.numpy()))
         expected = [(labels == i).nonzero().flatten() for i in range(min(number, count))]
         for one, other in zip(clusters(points, number), expected, strict=True):
