@@ -193,11 +193,24 @@ class Adapted(nn.Module):
 
 def wrappers(root: nn.Module) -> Iterator[Adapted]:
     """All wrappers of a model, outer before inner."""
-    return (module for module in root.modules() if isinstance(module, Adapted))
+    # Not `root.modules()`: it makes a name for each module and looks into adapters too, and this is asked often.
+    seen: set[int] = set()
+    left: list[nn.Module] = [root]
+    while left:
+        module = left.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        if isinstance(module, Adapted):
+            yield module
+            left.append(module.base_layer)
+        else:  # a module without children is no wrapper
+            left += [child for child in reversed(module._modules.values()) if child is not None and child._modules]
 
 
 def adapters_of(root: nn.Module, name: str) -> Iterator[tuple[Adapted, Adapter]]:
     """Wrapper and adapter for every place where the named adapter stands."""
     for wrapper in wrappers(root):
-        if name in wrapper.adapters:
-            yield wrapper, wrapper.adapters[name]  # type: ignore[misc]
+        adapter = wrapper.adapters._modules.get(name)
+        if adapter is not None:
+            yield wrapper, adapter  # type: ignore[misc]

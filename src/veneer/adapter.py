@@ -315,7 +315,7 @@ def put(module: nn.Module, name: str, tensor: Tensor, device: torch.device | Non
         device: Where a tensor that was created without memory is to lie; where `tensor` lies if none.
     """
     path, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(path)
+    owner = module.get_submodule(path) if path else module
     table: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
     old: Tensor = table[leaf]
     if not old.is_meta and old.shape == tensor.shape:

@@ -16,17 +16,17 @@ class DenseStore:
 
     def outline(self, module: nn.Module, name: str) -> Tensor:
         """A tensor of the stored one's dequantised shape; only its shape means anything."""
-        return module.get_parameter(name)
+        return tensor_of(module, name)
 
     def dtype(self, module: nn.Module, name: str) -> torch.dtype:
-        return module.get_parameter(name).dtype
+        return tensor_of(module, name).dtype
 
     def device(self, module: nn.Module, name: str) -> torch.device:
         """Where the layer computes; an offloaded tensor itself has no place of its own."""
         owner = owner_of(module, name)
         if is_offloaded(owner):
             return torch.device(owner._hf_hook.execution_device)  # type: ignore[union-attr, arg-type]
-        return module.get_parameter(name).device
+        return tensor_of(module, name).device
 
     def read(self, module: nn.Module, name: str) -> Tensor:
         owner = owner_of(module, name)
@@ -34,8 +34,8 @@ class DenseStore:
             from accelerate.utils import align_module_device
 
             with align_module_device(owner):
-                return module.get_parameter(name).detach().clone()
-        return module.get_parameter(name).detach()
+                return tensor_of(module, name).detach().clone()
+        return tensor_of(module, name).detach()
 
     def write(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
         """A copy of `module` that shares everything with it except the named tensors."""
@@ -62,7 +62,13 @@ def check_dense(module: nn.Module) -> None:
 
 def owner_of(module: nn.Module, name: str) -> nn.Module:
     """The module that holds the tensor itself; `name` may reach into children."""
-    return module.get_submodule(name.rpartition(".")[0])
+    return module.get_submodule(name.rpartition(".")[0]) if "." in name else module
+
+
+def tensor_of(module: nn.Module, name: str) -> nn.Parameter:
+    """The tensor itself; `name` may reach into children."""
+    own = module._parameters.get(name)  # most do not, and the search is slow
+    return module.get_parameter(name) if own is None else own
 
 
 def is_offloaded(module: nn.Module) -> bool:
