@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from veneer.adapted import Adapted, Switch, adapters_of, wrappers
 from veneer.adapter import Adapter, BiasOnly, Shared
 from veneer.config import ModuleConfig, PeftConfig
-from veneer.errors import ConfigError, StateError, TargetError, UnsupportedError, VeneerWarning, nearest
+from veneer.errors import ConfigError, TargetError, UnsupportedError, VeneerWarning, nearest
 from veneer.sites import ParameterSite, Site, parameter_site, site_of
 from veneer.targets import match, resolve, walk
 from veneer.trained_copy import copies_of, tie_copies, tied_modules
@@ -72,7 +72,7 @@ def attach(
             warnings.warn(f"{type(root).__name__}: {said}", VeneerWarning, stacklevel=4)
     config = config.resolved(below, [_path(place) for place in places])
     with torch.device("cpu" if start else "meta"):
-        planned: list[tuple[Place, Adapter]] = [(place, _build(modules, place, config)) for place in places]
+        planned: list[tuple[Place, Adapter]] = [(place, _build(modules, place, method, config)) for place in places]
         shared = _share(method, planned, config)
         planned += _companions(root, modules, config, planned, start)
     _tie_adapters(adapter for _, adapter in planned)
@@ -138,7 +138,7 @@ def switch_of(root: nn.Module) -> Switch | None:
     return next((wrapper.switch for wrapper in wrappers(root)), None)
 
 
-def _build(modules: Mapping[str, nn.Module], place: Place, config: ModuleConfig) -> Adapter:
+def _build(modules: Mapping[str, nn.Module], place: Place, cls: type[Adapter], config: ModuleConfig) -> Adapter:
     """The adapter for a place, not yet on the model.
 
     Raises:
@@ -148,7 +148,6 @@ def _build(modules: Mapping[str, nn.Module], place: Place, config: ModuleConfig)
     path, parameter = place
     module, parent = modules[path], modules[path.rpartition(".")[0]]
     site: Site | None = site_of(module) if parameter is None else parameter_site(module, parameter)
-    cls: type[Adapter] = config.method()
     if (cls.kinds or parameter is not None) and (site is None or site.kind not in cls.kinds):
         what = f"a {site.kind} layer" if site is not None else "no layer with a weight that is known"
         kinds = ", ".join(sorted(cls.kinds)) or "outputs of"
@@ -202,7 +201,12 @@ def _companions(
         beside.append((companion, chosen))
     for companion, chosen in beside:
         chosen += _followers(below, chosen, companion, taken)
-    return [(place, _build(modules, place, companion)) for companion, chosen in beside for place in chosen]
+    return [
+        (place, _build(modules, place, method, companion))
+        for companion, chosen in beside
+        for method in [companion.method()]
+        for place in chosen
+    ]
 
 
 def _followers(
@@ -368,23 +372,6 @@ def _refuse_tied(modules: Mapping[str, nn.Module], places: Iterable[Place]) -> N
                 "are not tied in this version. Name it in modules_to_save instead of target_modules, or leave "
                 "ensure_weight_tying out to adapt it alone."
             )
-
-
-def set_trainable(root: nn.Module, names: Iterable[str], *, trainable: bool = True) -> None:
-    """Lets the named adapters be trained and freezes all others.
-
-    Raises:
-        StateError: A name is not there.
-    """
-    chosen = set(names)
-    seen: set[str] = set()
-    for wrapper in wrappers(root):
-        for name, adapter in wrapper.adapters.items():
-            seen.add(name)
-            let_train(adapter, trainable and name in chosen)
-    if missing := chosen - seen:
-        missing_name = sorted(missing)[0]
-        raise StateError(f"There is no adapter {missing_name!r}.{nearest(missing_name, seen)} Loaded: {sorted(seen)}.")
 
 
 def let_train(module: nn.Module, wanted: bool) -> None:

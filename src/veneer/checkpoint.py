@@ -13,7 +13,7 @@ import json
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +42,17 @@ _REPEATED = re.compile(r"\.(modules_to_save|original_module)\.bias$")
 
 def adapter_tensors(root: nn.Module, name: str, prefix: str = PREFIX) -> dict[str, Tensor]:
     """The named adapter's tensors under their names in a file."""
+    keyed = _keyed(root, name)
     tensors = {
         f"{prefix}{key}.{tensor_name}": tensor.detach()
-        for key, adapter in _keyed(root, name)
+        for key, adapter in keyed
         for tensor_name, tensor in adapter.to_file().items()
     }
-    for key, adapter in _with_bias(root, name):
+    for key, adapter in _with_bias(keyed):
         assert adapter.bias_delta is not None
         tensors[prefix + key] = (_base_bias(adapter) + adapter.bias_delta).detach()
         tensors[f"{prefix}{key}_delta"] = adapter.bias_delta.detach()  # ours: the sum has lost its last bits
-    shared = _shared(root, name)
+    shared = _shared(keyed)
     if shared is not None:
         written = shared.to_file().items()
         tensors |= {_above(prefix) + key: tensor.detach() for key, tensor in written if key not in shared.derived}
@@ -67,18 +68,19 @@ def fill(
         CheckpointError: Tensors are missing, unexpected or of another shape; lists all of them, and changes nothing.
     """
     given = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if not _REPEATED.search(key)}
-    for key, adapter in _keyed(root, name):
+    keyed = _keyed(root, name)
+    for key, adapter in keyed:
         if type(adapter).expect is not Adapter.expect:
             inner = f"{key}."
             adapter.expect({own.removeprefix(inner): t for own, t in given.items() if own.startswith(inner)})
-    adapters = [(key, adapter, list(adapter.to_file().items())) for key, adapter in _keyed(root, name)]
+    adapters = [(key, adapter, list(adapter.to_file().items())) for key, adapter in keyed]
     expected = {f"{key}.{own}": tensor.shape for key, _, tensors in adapters for own, tensor in tensors}
     optional = {f"{key}.{own}" for key, adapter, _ in adapters for own in adapter.optional}
     free = {f"{key}.{own}" for key, adapter, _ in adapters for own in adapter.free}
-    biases = dict(_with_bias(root, name))
+    biases = dict(_with_bias(keyed))
     expected |= {key: _base_bias(adapter).shape for key, adapter in biases.items()}
     optional |= {f"{key}_delta" for key in biases}
-    shared, above = _shared(root, name), _above(prefix)
+    shared, above = _shared(keyed), _above(prefix)
     if shared is not None:
         expected |= {above + key: tensor.shape for key, tensor in shared.to_file().items()}
         optional |= {above + key for key in shared.derived}
@@ -383,9 +385,9 @@ def _keyed(root: nn.Module, name: str) -> list[tuple[str, Adapter]]:
     return [(key, adapter) for key, _, adapter in _keyed_wrappers(root, name)]
 
 
-def _shared(root: nn.Module, name: str) -> Shared | None:
+def _shared(keyed: Iterable[tuple[str, Adapter]]) -> Shared | None:
     """What the places of an adapter have in common."""
-    return next((adapter.shared for _, adapter in adapters_of(root, name) if hasattr(adapter, "shared")), None)
+    return next((adapter.shared for _, adapter in keyed if hasattr(adapter, "shared")), None)
 
 
 def _above(prefix: str) -> str:
@@ -393,11 +395,11 @@ def _above(prefix: str) -> str:
     return prefix.removesuffix("model.")
 
 
-def _with_bias(root: nn.Module, name: str) -> list[tuple[str, Adapter]]:
+def _with_bias(keyed: Iterable[tuple[str, Adapter]]) -> list[tuple[str, Adapter]]:
     """Adapters that train their layer's bias, by the bias's name in files, where it stands whole as in `peft`."""
     return [
         (f"{key}.bias" if isinstance(adapter, BiasOnly) else f"{key}.base_layer.bias", adapter)
-        for key, adapter in _keyed(root, name)
+        for key, adapter in keyed
         if adapter.bias_delta is not None
     ]
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from veneer import checkpoint
-from veneer.adapted import Switch
-from veneer.attach import attach, set_trainable, switch_of
+from veneer.adapted import Switch, adapters_of
+from veneer.attach import attach, let_train, switch_of
 from veneer.config import PeftConfig
 from veneer.method_strings import parse_method
 from veneer.model import PeftModel
@@ -35,7 +35,8 @@ def inject_adapter_in_model(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     switch.active = (adapter_name,)
-    set_trainable(model, [adapter_name])
+    for _, adapter in adapters_of(model, adapter_name):
+        let_train(adapter, True)
     return model
 
 

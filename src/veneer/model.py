@@ -205,8 +205,7 @@ class PeftModel(nn.Module):
             optimizer: The optimiser, for methods that replace what they train (`spiel`).
         """
         for name in self.switch.active:
-            config = self.peft_config[name]
-            method = config.method()
+            config, method = self.peft_config[name], self._methods[name]
             if method.allocate.__func__ is not Adapter.allocate.__func__:  # type: ignore[attr-defined]
                 renewed = method.allocate(self._adapters(name), config, global_step)
                 if optimizer is not None:
@@ -215,13 +214,13 @@ class PeftModel(nn.Module):
 
     def kept_schedules(self) -> dict[str, dict[str, Tensor]]:
         """What methods with a schedule go by and adapter files do not hold, by the adapter's name."""
-        kept = {name: config.method().kept(self._adapters(name)) for name, config in self.peft_config.items()}
+        kept = {name: method.kept(self._adapters(name)) for name, method in self._methods.items()}
         return {name: tensors for name, tensors in kept.items() if tensors}
 
     def resume_schedule(self, name: str, kept: Mapping[str, Tensor]) -> None:
         """Takes over what `kept_schedules` gave for one adapter, before its file is read."""
         config = self.peft_config[name]
-        config.method().resume(self._adapters(name), config, kept)
+        self._methods[name].resume(self._adapters(name), config, kept)
 
     def get_base_model(self) -> nn.Module:
         """The base model, with its wrappers."""

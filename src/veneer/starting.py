@@ -16,14 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from veneer import files, inits
+from veneer.checkpoint import PREFIX
 from veneer.errors import CheckpointError, ConfigError, StateError, UnsupportedError, VeneerWarning
 from veneer.inits import corda, eva, lora_ga
 from veneer.inits.start import balanced, wide
 from veneer.methods.lora import Lora
 from veneer.model import PeftModel, get_peft_model
 from veneer.preparation import Run, places_of, settle
-
-PREFIX = "base_model.model."
 
 
 def labelled_positions(model_input: Any, peft_config: Any) -> Tensor | None:

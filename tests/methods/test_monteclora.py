@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from peft.tuners.lora.monteclora import MontecloraSampler
 from torch import nn
 
 import veneer
+from contract.evaluating import hold
 from contract.places import SPOTS, Spot
 from tiny import bert, randomise, tokens
 from veneer import LoraConfig, get_peft_model
@@ -36,24 +36,8 @@ def on(layer: nn.Module, **settings: Any) -> tuple[veneer.PeftModel, Monteclora]
 
 @pytest.mark.parametrize("spot", [s for s in SPOTS if s.kind in Monteclora.kinds], ids=lambda spot: spot.name)
 def test_promises_outside_of_training(spot: Spot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from contract import test_contract, test_torch  # they read this module's SETTINGS
-
-    make = test_contract.adapted
-    for module in (test_contract, test_torch):
-        monkeypatch.setattr(module, "adapted", lambda *args: make(*args).eval())
-    promises: list[Callable[..., None]] = [
-        test_contract.test_the_adapter_has_an_effect_that_disabling_removes,
-        test_contract.test_merging_is_forward_and_unmerging_is_bit_exact,
-        test_contract.test_low_precision_layers_merge_to_rounding,
-        test_contract.test_a_mixed_batch_is_each_row_alone,
-        test_contract.test_stacking_is_composition,
-        test_contract.test_copies_and_pickles_are_independent,
-        test_contract.test_a_second_adapter_leaves_the_first_alone,
-        test_torch.test_it_computes_under_autocast,
-    ]
-    for promise in promises:
-        promise("monteclora", HERE, spot)
-    test_contract.test_saved_and_loaded_is_the_same("monteclora", HERE, spot, tmp_path)
+    further = ("test_a_mixed_batch_is_each_row_alone", "test_stacking_is_composition")
+    hold("monteclora", HERE, spot, tmp_path, monkeypatch, further)
 
 
 @pytest.mark.parametrize("spot", [s for s in SPOTS if s.kind in Monteclora.kinds], ids=lambda spot: spot.name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 import veneer
+from contract.evaluating import hold
 from contract.places import SPOTS, Spot
 from tiny import llama
 from veneer.adapted import adapters_of
@@ -39,24 +39,8 @@ def on(layer: nn.Module, **settings: Any) -> tuple[veneer.PeftModel, Any]:
 
 @pytest.mark.parametrize("spot", [s for s in SPOTS if s.kind in Pvera.kinds], ids=lambda spot: spot.name)
 def test_promises_outside_of_training(spot: Spot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from contract import test_contract, test_torch  # they read this module's SETTINGS
-
-    make = test_contract.adapted
-    for module in (test_contract, test_torch):
-        monkeypatch.setattr(module, "adapted", lambda *args: make(*args).eval())
-    promises: list[Callable[..., None]] = [
-        test_contract.test_the_adapter_has_an_effect_that_disabling_removes,
-        test_contract.test_fast_forward_is_the_definition,
-        test_contract.test_merging_is_forward_and_unmerging_is_bit_exact,
-        test_contract.test_low_precision_layers_merge_to_rounding,
-        test_contract.test_copies_and_pickles_are_independent,
-        test_contract.test_a_second_adapter_leaves_the_first_alone,
-        test_torch.test_it_computes_under_autocast,
-        test_torch.test_it_compiles_to_one_graph,
-    ]
-    for promise in promises:
-        promise("pvera", HERE, spot)
-    test_contract.test_saved_and_loaded_is_the_same("pvera", HERE, spot, tmp_path)
+    further = ("test_fast_forward_is_the_definition", "test_it_compiles_to_one_graph")
+    hold("pvera", HERE, spot, tmp_path, monkeypatch, further)
 
 
 @pytest.mark.parametrize("spot", [s for s in SPOTS if s.kind in Pvera.kinds], ids=lambda spot: spot.name)

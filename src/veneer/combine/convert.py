@@ -124,7 +124,7 @@ def convert_to_lora(
     new = _config(config, {places[key][0].place: part for key, part in parts.items()})
     # Copies of whole modules, and biases that are trained beside the method, are the same for every method.
     copied = tuple(f"{checkpoint.PREFIX}{key}." for key, _, adapter in keyed if isinstance(adapter, TrainedCopy))
-    biases = {f"{checkpoint.PREFIX}{key}" for key, _ in checkpoint._with_bias(root, adapter_name)}
+    biases = {f"{checkpoint.PREFIX}{key}" for key, _ in checkpoint._with_bias((key, a) for key, _, a in keyed)}
     tensors = {
         key: tensor.clone()
         for key, tensor in checkpoint.adapter_tensors(root, adapter_name).items()

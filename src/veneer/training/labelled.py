@@ -19,8 +19,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from veneer.errors import UnsupportedError
 from veneer.targets import frozen
+from veneer.training.guards import IGNORED
 
-IGNORED = -100
 LOGITS_AT_ONCE = 2**23
 """Elements of logits that are there at a time: 32 MB in float32."""
 
