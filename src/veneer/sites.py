@@ -168,9 +168,25 @@ class LinearSite(Site):
         hidden = F.linear(x.to(down.device, down.dtype).reshape(-1, x.shape[-1]), down)
         return torch.addmm(y.reshape(-1, y.shape[-1]), hidden, up.t(), alpha=scale).view(y.shape)
 
+    # The layer's two products without a graph, as the store computes them.
+
+    def product(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """W x + b, and what `store.recover` makes x of again."""
+        return self.store.product(self.module, x)
+
+    def transposed(self, g: Tensor) -> Tensor:
+        """W^T g."""
+        return self.store.transposed(self.module, g)
+
 
 class TransposedLinearSite(LinearSite):
     """transformers' `Conv1D`: a linear layer that stores `(in, out)`."""
+
+    def product(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return F.linear(x, self.read(), self.bias()), (x,)
+
+    def transposed(self, g: Tensor) -> Tensor:
+        return g @ self.read()
 
     def view(self, stored: Tensor) -> Tensor:
         return stored.t()

@@ -7,8 +7,7 @@ stores and know nothing about quantisation; a store knows nothing about what the
 from torch import nn
 
 from veneer.stores.dense import DenseStore, check_dense, is_offloaded, owner_of
-
-Store = DenseStore
+from veneer.stores.store import Store
 
 _DENSE = DenseStore()
 

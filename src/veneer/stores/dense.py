@@ -9,20 +9,26 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import TargetError
+from veneer.stores.store import Store
 
 
-class DenseStore:
+class DenseStore(Store):
     """Reads and writes tensors that are kept as they are used."""
 
+    quantised = False
+
+    def holds(self, module: nn.Module) -> bool:
+        weight = getattr(module, "weight", None)
+        return not isinstance(weight, Tensor) or weight.is_floating_point()
+
     def outline(self, module: nn.Module, name: str) -> Tensor:
-        """A tensor of the stored one's dequantised shape; only its shape means anything."""
         return tensor_of(module, name)
 
     def dtype(self, module: nn.Module, name: str) -> torch.dtype:
         return tensor_of(module, name).dtype
 
     def device(self, module: nn.Module, name: str) -> torch.device:
-        """Where the layer computes; an offloaded tensor itself has no place of its own."""
+        # An offloaded tensor itself has no place of its own.
         owner = owner_of(module, name)
         if is_offloaded(owner):
             return torch.device(owner._hf_hook.execution_device)  # type: ignore[union-attr, arg-type]
@@ -38,7 +44,6 @@ class DenseStore:
         return tensor_of(module, name).detach()
 
     def write(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """A copy of `module` that shares everything with it except the named tensors."""
         cast = {}
         for name, tensor in tensors.items():
             like = name if name in dict(module.named_parameters()) else "weight"
@@ -52,8 +57,8 @@ def check_dense(module: nn.Module) -> None:
     Raises:
         TargetError: The weight is packed or of an integer type.
     """
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor) and not weight.is_floating_point():
+    if not DenseStore().holds(module):
+        weight = module.weight
         raise TargetError(
             f"The weight of {type(module).__name__} is kept as {weight.dtype}; no store of this version reads it. "
             "Load the model without quantisation."
