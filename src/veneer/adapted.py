@@ -7,15 +7,16 @@ layers. Merging never touches the frozen layer: the merged one is another module
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from veneer.adapter import Adapter, Base
+from veneer.adapter import Adapter, Base, WeightAdapter
 from veneer.errors import StateError, UnsupportedError
-from veneer.sites import ParameterSite, Site, site_of
+from veneer.shared_inputs import SharedInputs
+from veneer.sites import LinearSite, ParameterSite, Site, site_of
 
 BASE = "__base__"
 """In a mixed batch: the name for rows that use the frozen model."""
@@ -33,6 +34,7 @@ class Switch:
         merged: Names of the adapters that are merged into the layers.
         trained: Names of the adapters whose parameters are trained.
         inputs: What the model was called with, while an adapter is loaded that looks at it.
+        shared: Which layers read the same input.
     """
 
     active: tuple[str, ...] = ()
@@ -42,6 +44,7 @@ class Switch:
     merged: tuple[str, ...] = ()
     trained: frozenset[str] = frozenset()
     inputs: Mapping[str, Any] | None = None
+    shared: SharedInputs = field(default_factory=SharedInputs)
 
 
 class Adapted(nn.Module):
@@ -109,9 +112,25 @@ class Adapted(nn.Module):
         inputs = self.switch.inputs
         if inputs is not None and members is not None:  # those rows of the model's inputs that run here
             inputs = {k: v[members.to(v.device)] if isinstance(v, Tensor) and v.dim() else v for k, v in inputs.items()}
-        base = Base(self.frozen_layer, self.site, stack, tuple(rest), kwargs, inputs)  # type: ignore[arg-type]
+        wrapper = self if members is None and len(stack) == 1 and self._may_share() else None
+        base = Base(self.frozen_layer, self.site, stack, tuple(rest), kwargs, inputs, wrapper)  # type: ignore[arg-type]
         y = base(x)
         return y if base.rest is None else (y, *base.rest)
+
+    def _may_share(self) -> bool:
+        """Whether it may be noted what this wrapper was called with, to run it together with others."""
+        # Copies for parallel threads come and go; compilers see no notes.
+        copy = "_is_replica" in self.__dict__
+        return isinstance(self.site, LinearSite) and not copy and not torch.compiler.is_compiling()
+
+    def alone(self) -> WeightAdapter | None:
+        """The adapter, if exactly one is in use here, beside the layer."""
+        switch = self.switch
+        if self._frozen or not switch.enabled or switch.rows is not None:
+            return None
+        names = [name for name in switch.active if name in self.adapters]
+        adapter = self.adapters[names[0]] if len(names) == 1 else None
+        return adapter if isinstance(adapter, WeightAdapter) else None
 
     def _mixed(self, rows: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs each row with its own adapter; rows of one adapter run together."""
@@ -152,26 +171,49 @@ class Adapted(nn.Module):
 
     # Merging
 
-    def merge(self, names: Sequence[str], check: Callable[[Adapted, nn.Module], None] | None = None) -> nn.Module:
+    def merge(
+        self,
+        names: Sequence[str],
+        check: Callable[[Adapted, nn.Module], None] | None = None,
+        rounded: Callable[[Adapted, float, float], None] | None = None,
+    ) -> nn.Module:
         """A layer that does alone what the frozen layer does with these adapters. Changes nothing.
 
         Args:
             names: The adapters, lowest first; those that this module does not have are passed over.
             check: Called with the wrapper and the merged layer; raises where that must not be used.
+            rounded: Of a quantised layer, called with the wrapper and two lengths relative to the weight's: of what the
+                adapters change, and of what is lost where the weight is quantised again.
 
         Raises:
             UnsupportedError: A method cannot be merged.
         """
         layer = self.frozen_layer
+        names = [name for name in names if name in self.adapters]
+        quantised = bool(names) and self.site is not None and self.site.store.quantised
+        if quantised:  # rounded once, after all of them
+            layer = self.site.store.plain(layer)  # type: ignore[union-attr]
         for name in names:
-            if name in self.adapters:
-                try:
-                    layer = self.adapters[name].merge_into(layer)  # type: ignore[operator]
-                except UnsupportedError as error:
-                    raise UnsupportedError(f"{self.path}, adapter {name!r}: {error}") from error
+            try:
+                layer = self.adapters[name].merge_into(layer)  # type: ignore[operator]
+            except UnsupportedError as error:
+                raise UnsupportedError(f"{self.path}, adapter {name!r}: {error}") from error
         if check is not None:
             check(self, layer)
-        return layer
+        return self._quantised_again(layer, rounded) if quantised else layer
+
+    def _quantised_again(self, layer: nn.Module, rounded: Callable[[Adapted, float, float], None] | None) -> nn.Module:
+        """The plain layer in the form that the frozen one has."""
+        assert self.site is not None
+        exact = site_of(layer)
+        assert exact is not None
+        merged = self.site.write(exact.read(), exact.bias())
+        if rounded is not None:
+            weight, wanted = self.site.read(), exact.read()
+            length = weight.norm().clamp_min(torch.finfo(weight.dtype).tiny)
+            lost = self.site.on(merged).read().to(wanted) - wanted
+            rounded(self, float((wanted - weight).norm() / length), float(lost.norm() / length))
+        return merged
 
     def hold(self, layer: nn.Module) -> None:
         """Runs `layer` in place of the frozen one."""

@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.errors import ConfigError, StateError, UnsupportedError
+from veneer.products import LowRank, run_layers, runs_by_hand
 
 if TYPE_CHECKING:
+    from veneer.adapted import Adapted
     from veneer.preparation import Run
     from veneer.sites import Site
 
@@ -39,6 +42,7 @@ class Base:
         args: Further positional arguments of the layer's call.
         kwargs: Keyword arguments of the layer's call.
         inputs: What the whole model was called with, for adapters that say `reads_inputs`.
+        wrapper: The layer's wrapper, where the layer may run together with others of the same input.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class Base:
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
         inputs: Mapping[str, Any] | None = None,
+        wrapper: Adapted | None = None,
     ) -> None:
         self.layer = layer
         self.site = site
@@ -56,11 +61,12 @@ class Base:
         self.args = args
         self.kwargs = kwargs or {}
         self.inputs = inputs or {}
+        self.wrapper = wrapper
         self.rest: tuple[Any, ...] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.below:
-            under = Base(self.layer, self.site, self.below[:-1], self.args, self.kwargs, self.inputs)
+            under = Base(self.layer, self.site, self.below[:-1], self.args, self.kwargs, self.inputs, self.wrapper)
             adapter = self.below[-1]
             if not adapter.prepared and adapter.training and torch.is_grad_enabled():
                 raise StateError(
@@ -68,7 +74,8 @@ class Base:
                     "is made from real batches. Call veneer.prepare(model, batches) first; `veneer train` does so by "
                     "itself."
                 )
-            y = adapter(x, under)
+            ready = None if self.wrapper is None else self.wrapper.switch.shared.take(self.wrapper, x)
+            y = adapter(x, under) if ready is None else ready
             self.rest = under.rest
             if adapter.bias_delta is not None:
                 assert self.site is not None
@@ -78,6 +85,19 @@ class Base:
         if isinstance(y, tuple):  # attention modules and whole blocks return (hidden states, ...)
             y, self.rest = y[0], y[1:]
         return y
+
+    def plus(self, x: Tensor, matrix: LowRank, dropout: float = 0.0) -> Tensor:
+        """What a call gives with a thin product added to the weight, which sees the input through a dropout."""
+        site: Any = self.site
+        plain = site.kind == "linear" and not (self.below or self.args or self.kwargs or dropout)
+        if not plain or site.module is not self.layer or not runs_by_hand(site, x, matrix.down):
+            y = self(x)
+            if x.is_floating_point():  # an embedding's input is an index
+                x = F.dropout(x.to(matrix.down.device, matrix.down.dtype), dropout)
+            return site.add_factored(x, y, matrix.down, matrix.up, matrix.scale)
+        if self.wrapper is not None:
+            return self.wrapper.switch.shared.run(self.wrapper, x, matrix)
+        return run_layers(x, [site], [matrix])[0]
 
     def weight(self) -> Tensor:
         """The weight, `(out, in)`, as the adapters below have changed it."""
@@ -339,6 +359,9 @@ class WeightAdapter(Adapter):
     kinds = WEIGHT_KINDS
     site: Site
 
+    dropout: float = 0.0
+    """Share of the input that the change of the weight does not see in training."""
+
     def __init__(self, site: Site, config: Any) -> None:
         super().__init__(site, config)
 
@@ -352,9 +375,18 @@ class WeightAdapter(Adapter):
             raise ConfigError(f"{setting}={share}: a bare parameter has no input of its own to drop from; set it to 0.")
         return share if self.site.kind != "embedding" else 0.0
 
+    def product(self) -> LowRank | None:
+        """What is added to the weight, where the method is one thin product: then it needs no other definition.
+
+        Asked anew for each call, and says none where it is more than that in this moment. For a stack of matrices down
+        is `(n, r, in)` and up `(n, out, r)`.
+        """
+        return None
+
     def adapt(self, weight: Tensor) -> Tensor:
         """The adapted weight, `(out, in)`; for a stack of matrices `(n, out, in)`. The definition of the method."""
-        return weight
+        matrix = self.product()
+        return weight if matrix is None else onto(matrix.scale * (matrix.up @ matrix.down), weight)
 
     def adapt_bias(self, bias: Tensor | None) -> Tensor | None:
         """The adapted bias, `(out,)`, or none for none. The other half of the definition."""
@@ -366,6 +398,8 @@ class WeightAdapter(Adapter):
         return bias if self.bias_delta is None or bias is None else bias + self.bias_delta
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
+        if self.site.kind != "parameter" and (matrix := self.product()) is not None:
+            return base.plus(x, matrix, self.dropout if self.training else 0.0)
         return self.site.apply(x, self.adapt(base.weight()), self.adapt_bias(base.bias()), base.args, base.kwargs)
 
     @torch.no_grad()

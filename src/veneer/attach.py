@@ -14,6 +14,7 @@ from veneer.adapter import Adapter, BiasOnly, Shared
 from veneer.config import ModuleConfig, PeftConfig
 from veneer.errors import ConfigError, TargetError, UnsupportedError, VeneerWarning, nearest
 from veneer.sites import ParameterSite, Site, parameter_site, site_of
+from veneer.stores import quantised_store
 from veneer.targets import match, resolve, walk
 from veneer.trained_copy import copies_of, tie_copies, tied_modules
 
@@ -235,7 +236,9 @@ def _tie_adapters(adapters: Iterable[Adapter]) -> None:
     first: dict[int, Adapter] = {}
     for adapter in adapters:
         if adapter.ties and adapter.site is not None:
-            weight = adapter.site.module.get_parameter(adapter.site.name)
+            module, name = adapter.site.module, adapter.site.name
+            # A quantised layer may have no parameter of that name; it shares what it has with no other.
+            weight = module if adapter.site.store.quantised else module.get_parameter(name)
             leader = first.setdefault(id(weight), adapter)
             if leader is not adapter:
                 adapter.tie(leader)
@@ -273,7 +276,7 @@ def _biases(
         return []
     more: list[tuple[Place, Adapter]] = []
     for path, module in modules.items():
-        bias = module._parameters.get("bias")
+        bias = getattr(module, "bias", None) if quantised_store(module) else module._parameters.get("bias")
         if bias is None:
             continue
         adapter = planned.get((path, None))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from veneer.adapted import BASE, Adapted, Switch, adapters_of, wrappers
 from veneer.adapter import Adapter
 from veneer.attach import attach, check_name, detach, let_train, switch_of, untie, unwrap
 from veneer.config import PeftConfig, TaskType
-from veneer.errors import ConfigError, StateError, UnsupportedError, nearest
+from veneer.errors import ConfigError, StateError, UnsupportedError, VeneerWarning, nearest
 from veneer.files import HUB_ARGUMENTS
 from veneer.method_strings import parse_method
 from veneer.replication import replicated, restore, settle
@@ -398,6 +399,8 @@ class PeftModel(nn.Module):
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Runs layers that hold the adapted weights; either all layers are merged or none.
 
+        A quantised layer is quantised again in its own form, and a warning says what that loses.
+
         Args:
             adapter_names: Adapters to merge, lowest first; the active ones if none.
             safe_merge: Also check that the merged weights are finite.
@@ -410,16 +413,19 @@ class PeftModel(nn.Module):
         self._known(names)
         self._unmerged("merge")
         check = _check_finite if safe_merge else None
+        rounding: dict[str, tuple[float, float]] = {}
         held: list[Adapted] = []
         try:
             for wrapper in _inner_first(self.get_base_model()):
-                wrapper.hold(wrapper.merge(names, check))
+                wrapper.hold(wrapper.merge(names, check, lambda place, *lost: rounding.update({place.path: lost})))
                 held.append(wrapper)
         except Exception:
             for wrapper in reversed(held):
                 wrapper.release()
             raise
         self.switch.merged = tuple(names)
+        if rounding:
+            _warn_rounded(rounding)
 
     def unmerge_adapter(self) -> None:
         """Goes back to the frozen layers, bit for bit."""
@@ -731,6 +737,19 @@ def _innermost(wrapper: Adapted) -> nn.Module:
     while isinstance(layer, Adapted):
         layer = layer.base_layer
     return layer
+
+
+def _warn_rounded(rounding: Mapping[str, tuple[float, float]]) -> None:
+    """Says what quantising the merged weights has cost: by layer, the lengths of the change and of the loss."""
+    path = max(rounding, key=lambda path: rounding[path][1])
+    change, lost = (sum(pair[i] for pair in rounding.values()) / len(rounding) for i in (0, 1))
+    warnings.warn(
+        f"Merging has quantised {len(rounding)} layers again. The adapters change their weights by {change:.2g} of "
+        f"their length on average, and rounding moves them by {lost:.2g}, most in {path} ({rounding[path][1]:.2g}). "
+        "Keep the adapter beside the model, or merge into it in full precision (`veneer merge` does), to lose nothing.",
+        VeneerWarning,
+        stacklevel=3,
+    )
 
 
 def _check_finite(wrapper: Adapted, layer: nn.Module) -> None:

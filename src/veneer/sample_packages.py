@@ -94,18 +94,15 @@ def _rebuild_elsewhere(source: Path, result: Path) -> None:
 def rebuild_gguf(source: str, file: str, folder: str) -> None:
     """Writes the model and tokenizer of a GGUF file as a plain bfloat16 model folder."""
     import torch
-    from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+    from veneer.gguf_files import mend_config, mend_tokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
-    # GGUF names the pre-tokenizer ("smollm") and the reader does not know it: without this, blanks and line breaks
-    # before a digit become tokens that the model has rarely seen.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    mend_tokenizer(tokenizer, Path(source, file))
     quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+    mend_config(quantised)
     config = quantised.config
-    del config.quantization_config  # the weights are plain by now, but transformers would still take them for quantised
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     plain.load_state_dict(quantised.state_dict())
     plain.generation_config = GenerationConfig(

@@ -27,6 +27,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from veneer import stores
 from veneer.errors import TargetError, UnsupportedError
+from veneer.products import LowRank, add_low_rank
 
 
 class Site:
@@ -144,7 +145,10 @@ class LinearSite(Site):
     @property
     def is_plain(self) -> bool:
         """Whether the layer computes `F.linear` of its input, and nothing else."""
-        return self._runs(nn.Linear, *_conv1d_classes())
+        return self.store.quantised or self._runs(nn.Linear, *_conv1d_classes())
+
+    def can_hold_bias(self) -> bool:
+        return self.store.quantised or super().can_hold_bias()
 
     def apply(
         self,
@@ -162,11 +166,7 @@ class LinearSite(Site):
         return F.linear(F.linear(x, down), up)
 
     def add_factored(self, x: Tensor, y: Tensor, down: Tensor, up: Tensor, scale: float = 1.0) -> Tensor:
-        if y.dtype != down.dtype:
-            return super().add_factored(x, y, down, up, scale)
-        # One product that adds onto y: no tensor for the delta, none for its scaling.
-        hidden = F.linear(x.to(down.device, down.dtype).reshape(-1, x.shape[-1]), down)
-        return torch.addmm(y.reshape(-1, y.shape[-1]), hidden, up.t(), alpha=scale).view(y.shape)
+        return add_low_rank(x, y, LowRank(down, up, scale))
 
     # The layer's two products without a graph, as the store computes them.
 
@@ -174,9 +174,12 @@ class LinearSite(Site):
         """W x + b, and what `store.recover` makes x of again."""
         return self.store.product(self.module, x)
 
-    def transposed(self, g: Tensor) -> Tensor:
-        """W^T g."""
-        return self.store.transposed(self.module, g)
+    def transposed(self, g: Tensor, onto: Tensor | None = None) -> Tensor:
+        """W^T g; added to `onto`, which changes, if that is given."""
+        if onto is not None and not self.store.quantised:
+            return onto.addmm_(g, self.read())
+        back = self.store.transposed(self.module, g)
+        return back if onto is None else onto.add_(back)
 
 
 class TransposedLinearSite(LinearSite):
@@ -185,8 +188,8 @@ class TransposedLinearSite(LinearSite):
     def product(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         return F.linear(x, self.read(), self.bias()), (x,)
 
-    def transposed(self, g: Tensor) -> Tensor:
-        return g @ self.read()
+    def transposed(self, g: Tensor, onto: Tensor | None = None) -> Tensor:
+        return g @ self.read() if onto is None else onto.addmm_(g, self.read())
 
     def view(self, stored: Tensor) -> Tensor:
         return stored.t()
@@ -336,6 +339,8 @@ def site_of(module: nn.Module) -> Site | None:
     Raises:
         TargetError: The module looks like one, but its weight is kept in a way that no store understands.
     """
+    if stores.quantised_store(module) is not None:
+        return LinearSite(module)
     if module._parameters.get("weight") is None:  # computed anew for each call, as weight_norm does
         return None
     if isinstance(module, nn.Linear):
@@ -370,5 +375,10 @@ def parameter_site(module: nn.Module, name: str) -> ParameterSite:
         raise TargetError(
             f"Parameter {name!r} of {type(module).__name__} has shape {tuple(parameter.shape)}; a matrix (out, in) or "
             "a stack of matrices (n, out, in) was expected."
+        )
+    if stores.quantised_store(stores.owner_of(module, name)) is not None:
+        raise TargetError(
+            f"Parameter {name!r} of {type(module).__name__} is kept quantised, as codes that no method adapts. Name "
+            "the layer in target_modules."
         )
     return ParameterSite(module, name)

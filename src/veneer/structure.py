@@ -14,6 +14,7 @@ from itertools import pairwise
 from torch import nn
 
 from veneer.errors import TargetError
+from veneer.stores import quantised_store
 
 PLACES = ("attention-output", "ffn-output", "attention-keys", "attention-values")
 """Names that `target_modules` understands, beside module names."""
@@ -124,7 +125,7 @@ def in_attention(path: str, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" or quantised_store(module) is not None
 
 
 def _inside(path: str, parent: str) -> bool:
@@ -150,4 +151,4 @@ def _attention_of(path: str, block: str, modules: Mapping[str, nn.Module]) -> st
 
 def _width(module: nn.Module) -> int:
     """Width of a projection's output, however its weight is kept."""
-    return int(module.out_features if isinstance(module, nn.Linear) else module.nf)  # type: ignore[arg-type]
+    return int(module.nf if type(module).__name__ == "Conv1D" else module.out_features)  # type: ignore[arg-type]

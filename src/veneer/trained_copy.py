@@ -17,6 +17,7 @@ from veneer.adapted import Adapted
 from veneer.adapter import Adapter, Base
 from veneer.config import ModuleConfig, PeftConfig
 from veneer.errors import TargetError, VeneerWarning, nearest
+from veneer.stores import quantised_store
 
 
 class TrainedCopy(Adapter):
@@ -29,6 +30,12 @@ class TrainedCopy(Adapter):
     def __init__(self, module: nn.Module, config: PeftConfig) -> None:
         super().__init__(None, config)
         self.module = unwrapped_copy(module)
+        for path, layer in self.module.named_modules():
+            if quantised_store(layer) is not None:
+                raise TargetError(
+                    f"modules_to_save: {path or 'the module'} is a quantised {type(layer).__name__}, and codes cannot "
+                    "be trained. Leave the module out of the quantisation, or put an adapter on it."
+                )
         for parameter in self.module.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from packed_layers import PackedLinear
 from veneer.config import PeftConfig
 from veneer.method_strings import parse_method
 from veneer.model import PeftModel
@@ -138,6 +139,85 @@ SPOTS = [
     Spot("parameter", "parameter", Matrix, _image(5, 8), "table"),
     Spot("experts", "parameter", lambda: Experts(False), _image(4, 8), "stack"),
     Spot("experts, transposed", "parameter", lambda: Experts(True), _image(4, 8), "stack"),
+]
+
+
+@dataclass(frozen=True)
+class Quantised(Spot):
+    """A linear layer with 64 inputs and outputs that some store keeps quantised.
+
+    Args:
+        rounding: How much of a weight's length quantising it may take: half a step over the usual size of an entry.
+        computes_in_int8: Whether activations and gradients are rounded as well.
+    """
+
+    rounding: float = 0.0
+    computes_in_int8: bool = False
+
+    def model(self, dtype: torch.dtype = torch.float32) -> Model:
+        return Model(self.layer())
+
+    def input(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.batch()
+
+
+def dense() -> nn.Linear:
+    """What is quantised."""
+    layer = nn.Linear(64, 64)
+    nn.init.normal_(layer.weight, std=0.2)
+    return layer.requires_grad_(False)
+
+
+def _bits_and_bytes(bits: int) -> nn.Module:
+    import bitsandbytes as bnb
+
+    layer = (
+        bnb.nn.Linear4bit(64, 64, quant_type="nf4", compress_statistics=True, compute_dtype=torch.float32)
+        if bits == 4
+        else bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
+    )
+    layer.load_state_dict(dense().state_dict())
+    return layer.to("cpu")
+
+
+def _int8() -> nn.Module:
+    from veneer.stores.int8 import Int8Linear
+
+    return Int8Linear.from_linear(dense())
+
+
+def _nf4_int8() -> nn.Module:
+    from veneer.stores.nf4_int8 import Nf4Int8Linear
+
+    return Nf4Int8Linear.from_linear4bit(_bits_and_bytes(4))
+
+
+def _torchao(bits: int) -> nn.Module:
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
+    from torchao.quantization.granularity import PerGroup
+
+    model = nn.Sequential(dense())
+    four = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+    quantize_(model, four if bits == 4 else Int8WeightOnlyConfig())
+    return model[0]
+
+
+def _hqq() -> nn.Module:
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    return HQQLinear(dense(), BaseQuantizeConfig(nbits=4, group_size=64), compute_dtype=torch.float32, device="cpu")
+
+
+QUANTISED = [
+    Quantised("int8", "linear", _int8, _image(5, 64), rounding=0.015, computes_in_int8=True),
+    Quantised("bitsandbytes NF4", "linear", lambda: _bits_and_bytes(4), _image(5, 64), rounding=0.15),
+    Quantised("NF4, int8", "linear", _nf4_int8, _image(5, 64), rounding=0.15, computes_in_int8=True),
+    Quantised("bitsandbytes int8", "linear", lambda: _bits_and_bytes(8), _image(5, 64), rounding=0.015),
+    Quantised("torchao int8", "linear", lambda: _torchao(8), _image(5, 64), rounding=0.015),
+    Quantised("torchao int4", "linear", lambda: _torchao(4), _image(5, 64), rounding=0.2),
+    Quantised("HQQ", "linear", _hqq, _image(5, 64), rounding=0.2),
+    Quantised("GPTQ", "linear", lambda: PackedLinear(dense(), awq=False), _image(5, 64), rounding=0.2),
+    Quantised("AWQ", "linear", lambda: PackedLinear(dense(), awq=True), _image(5, 64), rounding=0.2),
 ]
 
 

@@ -130,3 +130,38 @@ def test_what_quantising_lost_is_put_into_an_adapter(tmp_path: Any) -> None:
         replace_lora_weights_loftq(adapted, tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"Name it in model_path"):
         replace_lora_weights_loftq(adapted)
+
+
+def test_quantising_is_that_of_bitsandbytes() -> None:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    torch.manual_seed(0)
+    weight = torch.randn(48, 64)
+    codes, state = quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=False)
+    torch.testing.assert_close(quantised(weight, 4), dequantize_4bit(codes, state), rtol=1e-6, atol=1e-7)
+
+
+def test_a_4_bit_model_gets_back_what_it_has_lost(tmp_path: Any) -> None:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    import tiny
+
+    tiny.llama(hidden_size=64, intermediate_size=128, initializer_range=0.2).save_pretrained(tmp_path)
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=how, dtype="float32"),
+        LoraConfig(r=16, target_modules=["q_proj", "down_proj"]),
+    )
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32").get_submodule("model.layers.0")
+    wrappers = model.get_base_model().get_submodule("model.layers.0")
+
+    def lost(path: str) -> float:
+        wrapper, weight = wrappers.get_submodule(path), whole.get_submodule(path).weight
+        with torch.no_grad():
+            return float((wrapper.adapters["default"].adapt(wrapper.site.read()) - weight).norm() / weight.norm())
+
+    before = {path: lost(path) for path in ("self_attn.q_proj", "mlp.down_proj")}
+    replace_lora_weights_loftq(model, tmp_path)
+    for path, share in before.items():
+        assert 0.05 < share < 0.15
+        assert lost(path) < 0.8 * share

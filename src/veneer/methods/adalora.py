@@ -8,13 +8,13 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veneer.adapter import Base, WeightAdapter, onto
+from veneer.adapter import WeightAdapter
 from veneer.config import check_positive
 from veneer.errors import ConfigError, StateError, VeneerWarning
 from veneer.methods.lora import LoraConfig
+from veneer.products import LowRank
 from veneer.registry import register
 from veneer.sites import Site
 
@@ -62,16 +62,8 @@ class AdaLora(WeightAdapter):
         nn.init.normal_(self.up, std=0.02 if self.starts_as_base else 1.0)
         nn.init.normal_(self.values, std=0.0 if self.starts_as_base else 1.0)
 
-    def adapt(self, weight: Tensor) -> Tensor:
-        return onto(self.up @ (self.scaling * self.values * self.down), weight)
-
-    def forward(self, x: Tensor, base: Base) -> Tensor:
-        if self.site.kind == "parameter":
-            return super().forward(x, base)
-        y = base(x)
-        if self.dropout:
-            x = F.dropout(x, self.dropout, self.training)
-        return self.site.add_factored(x, y, self.values * self.down, self.up, self.scaling)
+    def product(self) -> LowRank:
+        return LowRank(self.values * self.down, self.up, self.scaling)
 
     # The budget
 

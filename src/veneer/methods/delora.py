@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veneer.adapter import Base, WeightAdapter, onto
+from veneer.adapter import WeightAdapter
 from veneer.config import WeightConfig, check_positive, check_shares, own
+from veneer.products import LowRank
 from veneer.registry import register
 from veneer.sites import Site
 
@@ -65,16 +65,8 @@ class Delora(WeightAdapter):
         lengths = lengths * torch.linalg.vector_norm(self.up, dim=-2).clamp_min(SHORTEST)
         return (self.bound / self.r / lengths).unsqueeze(-1) * self.down * self.lengths.unsqueeze(-2)
 
-    def adapt(self, weight: Tensor) -> Tensor:
-        return onto(self.up @ self.scaled_down(), weight)
-
-    def forward(self, x: Tensor, base: Base) -> Tensor:
-        if self.site.kind == "parameter":
-            return super().forward(x, base)
-        y = base(x)
-        if self.dropout:
-            x = F.dropout(x, self.dropout, self.training)
-        return self.site.add_factored(x, y, self.scaled_down(), self.up)
+    def product(self) -> LowRank:
+        return LowRank(self.scaled_down(), self.up)
 
     # Layout of peft.
 

@@ -17,8 +17,9 @@ from veneer import inits
 from veneer.adapter import Base, WeightAdapter
 from veneer.config import ModuleConfig, WeightConfig, check_positive, check_shares, nested, planned
 from veneer.errors import CheckpointError, ConfigError, VeneerWarning
+from veneer.products import LowRank
 from veneer.registry import register
-from veneer.sites import LinearSite, Site
+from veneer.sites import Site
 
 if TYPE_CHECKING:
     from veneer.preparation import Run
@@ -43,6 +44,9 @@ class Lora(WeightAdapter):
 
     moving_starts: ClassVar[bool] = True
     """Whether the method makes good what a start moves out of the weight; variants have to say so for themselves."""
+
+    only_adds: ClassVar[bool] = True
+    """Whether all that the method does is to add up down, with `factors` as they are; variants say so likewise."""
 
     start_down: Tensor | None
     start_up: Tensor | None
@@ -125,8 +129,13 @@ class Lora(WeightAdapter):
             return bias
         return self.scaling * self.bias if bias is None else bias + self.scaling * self.bias
 
+    def product(self) -> LowRank | None:
+        if not self.only_adds or self.bias is not None:
+            return None
+        return LowRank(*self.factors(), self.scaling)
+
     def forward(self, x: Tensor, base: Base) -> Tensor:
-        if self.site.kind == "parameter":
+        if self.site.kind == "parameter" or self.product() is not None:
             return super().forward(x, base)
         return self.add(x, base(x))
 
@@ -141,10 +150,8 @@ class Lora(WeightAdapter):
         self, x: Tensor, y: Tensor, down: Tensor, up: Tensor, scaling: float, bias: Tensor | None = None
     ) -> Tensor:
         """y + scaling (up down x + bias)."""
-        if bias is None and type(self.site) is LinearSite and y.dtype == down.dtype:
-            # One product that adds onto y: no tensor for the delta, none for its scaling.
-            hidden = F.linear(x, down).reshape(-1, down.shape[0])
-            return torch.addmm(y.reshape(-1, y.shape[-1]), hidden, up.t(), alpha=scaling).view(y.shape)
+        if bias is None:
+            return self.site.add_factored(x, y, down, up, scaling)
         delta = self.site.apply_factored(x, down, up)
         if bias is not None:
             delta = self.site.add_bias(delta, bias)
@@ -236,6 +243,7 @@ def variant(name: str, **preset: Any) -> Callable[[type[Lora]], type[Lora]]:
 
     def enter(cls: type[Lora]) -> type[Lora]:
         cls.moving_starts = vars(cls).get("moving_starts", False)
+        cls.only_adds = vars(cls).get("only_adds", False)
         VARIANTS[name] = cls
         register(name, **preset)(LoraConfig)
         return cls

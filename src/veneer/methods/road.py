@@ -80,7 +80,8 @@ class Road(WeightAdapter):
         if self.site.kind == "parameter":
             return super().forward(x, base)
         y = base(x)
-        turned = self.turned(y, self.site.module.get_parameter("weight").dim() - 2).to(y.dtype)
+        after = self.site.module.get_parameter("weight").dim() - 2 if self.site.kind == "conv" else 0
+        turned = self.turned(y, after).to(y.dtype)
         return self.site.without_padding(x, turned) if isinstance(self.site, EmbeddingSite) else turned
 
     def to_file(self) -> dict[str, Tensor]:

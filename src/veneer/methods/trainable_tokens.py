@@ -95,7 +95,9 @@ class TrainableTokens(WeightAdapter):
             return super().forward(x, base)
         y, bias = base(x), site.bias()
         own = F.linear(x.to(rows.device), rows.to(x.dtype), None if bias is None else bias[self.tokens].to(x.dtype))
-        return y.index_copy_(-1, self.tokens, own.to(y.dtype))  # y is new: no copy of all outputs
+        # y is new, so that no copy of all outputs is needed; what a quantised layer returns may be a view.
+        put = y.index_copy if site.store.quantised else y.index_copy_
+        return put(-1, self.tokens, own.to(y.dtype))
 
     def to_file(self) -> dict[str, Tensor]:
         return {"trainable_tokens_delta": self.held.rows}

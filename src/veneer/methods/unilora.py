@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veneer.adapter import Base, Shared, WeightAdapter
+from veneer.adapter import Shared, WeightAdapter
 from veneer.config import WeightConfig, check_positive, check_shares
+from veneer.products import LowRank
 from veneer.registry import register
 from veneer.sites import Site
 
@@ -102,18 +102,8 @@ class UniLora(WeightAdapter):
         )
         return down, up
 
-    def adapt(self, weight: Tensor) -> Tensor:
-        down, up = self.factors()
-        return weight + up @ down
-
-    def forward(self, x: Tensor, base: Base) -> Tensor:
-        if self.site.kind == "parameter":
-            return super().forward(x, base)
-        y = base(x)
-        down, up = self.factors()
-        if x.is_floating_point():
-            x = F.dropout(x.to(down.dtype), self.dropout, self.training)
-        return self.site.add_factored(x, y, down, up)
+    def product(self) -> LowRank:
+        return LowRank(*self.factors())
 
     def to_file(self) -> dict[str, Tensor]:
         if not self.config.save_indices:

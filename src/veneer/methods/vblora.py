@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veneer.adapter import Base, Shared, WeightAdapter
+from veneer.adapter import Shared, WeightAdapter
 from veneer.config import WeightConfig, check_positive, check_shares
 from veneer.errors import ConfigError, StateError
+from veneer.products import LowRank
 from veneer.registry import register
 from veneer.sites import Site
 
@@ -81,18 +81,8 @@ class VBLoRA(WeightAdapter):
         bank = self.shared.vblora_vector_bank.to(logits)
         return torch.einsum("...k,...kb->...b", top.softmax(-1), bank[indices])
 
-    def adapt(self, weight: Tensor) -> Tensor:
-        down, up = self.factors()
-        return weight + up @ down
-
-    def forward(self, x: Tensor, base: Base) -> Tensor:
-        if self.site.kind == "parameter":
-            return super().forward(x, base)
-        down, up = self.factors()
-        y = base(x)
-        if x.is_floating_point():
-            x = F.dropout(x.to(down.dtype), self.dropout, self.training)
-        return self.site.add_factored(x, y, down, up)
+    def product(self) -> LowRank:
+        return LowRank(*self.factors())
 
     def to_file(self) -> dict[str, Tensor]:
         logits: dict[str, Tensor] = {"vblora_logits_A": self.logits_down, "vblora_logits_B": self.logits_up}

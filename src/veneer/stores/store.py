@@ -47,6 +47,17 @@ class Store:
         """
         raise NotImplementedError
 
+    def plain(self, module: nn.Module) -> nn.Linear:
+        """A layer that keeps this one's weight and bias as floating-point numbers."""
+        weight = self.read(module, "weight")
+        bias = None if getattr(module, "bias", None) is None else self.read(module, "bias")
+        with torch.device("meta"):
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.clone(), requires_grad=False)
+        return layer.train(module.training)
+
     # A linear layer's two products, without a graph: for those who write forward and backward passes by hand.
 
     def product(self, module: nn.Module, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
