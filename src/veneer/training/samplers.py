@@ -12,6 +12,8 @@ from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from veneer.errors import ConfigError
+
 
 class GroupedByLength(Sampler[int]):
     """Random order in which neighbours are of similar length, so that batches need little padding.
@@ -43,6 +45,70 @@ class GroupedByLength(Sampler[int]):
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
+class TokenBatches(Sampler[list[int]]):
+    """Batches of as many examples as hold a number of tokens, in an order that seed and epoch decide.
+
+    Each epoch has the same number of batches, as trainers count on: that of the epoch that needs most. In the others,
+    the largest batches are halved until there are as many.
+
+    Args:
+        lengths: Tokens of each example.
+        budget: How many tokens a batch may have at most, padding not counted.
+        seed: With the epoch's number, decides the order.
+        epochs: How many there will be.
+        alike: Whether neighbours are to be of similar length.
+
+    Raises:
+        ConfigError: An example alone is longer than the budget.
+    """
+
+    def __init__(self, lengths: Sequence[int], budget: int, seed: int, epochs: int, *, alike: bool = False) -> None:
+        self.lengths = list(lengths)
+        self.budget = budget
+        self.seed = seed
+        self.epoch = 0
+        longest = max(self.lengths, default=0)
+        if longest > budget:
+            raise ConfigError(
+                f"training.tokens_per_batch is {budget}, but example {self.lengths.index(longest)} alone has {longest} "
+                f"tokens. Set it to {longest} or more, or data.max_length to {budget} or less."
+            )
+        self._alike = round(budget * len(self.lengths) / max(1, sum(self.lengths))) if alike else None
+        self._count = max(len(self._filled(epoch)) for epoch in range(max(1, epochs)))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called at the start of each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = self._filled(self.epoch)
+        while len(batches) < self._count:
+            at = max(range(len(batches)), key=lambda i: len(batches[i]))
+            batch = batches[at]
+            batches[at : at + 1] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+        return iter(batches)
+
+    def _filled(self, epoch: int) -> list[list[int]]:
+        """Batches that are filled one after the other, each until the next example does not fit."""
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        if self._alike is None:
+            order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        else:
+            order = get_length_grouped_indices(self.lengths, self._alike, generator=generator)
+        batches: list[list[int]] = []
+        room = 0
+        for index in order:
+            if self.lengths[index] > room or not batches:
+                batches.append([])
+                room = self.budget
+            batches[-1].append(index)
+            room -= self.lengths[index]
+        return batches
+
+
 class EpochOrder(TrainerCallback):
     """Tells the sampler which epoch it is.
 
@@ -55,7 +121,7 @@ class EpochOrder(TrainerCallback):
     ) -> None:
         sampler = kwargs.get("train_dataloader")
         while sampler is not None:
-            if isinstance(sampler, GroupedByLength | SeedableRandomSampler):
+            if isinstance(sampler, GroupedByLength | TokenBatches | SeedableRandomSampler):
                 sampler.set_epoch(int(state.epoch or 0))
                 return
             inner = getattr(sampler, "batch_sampler", None)
