@@ -5,9 +5,6 @@ BIN    := $(VENV)/bin
 # Downloads are kept outside the checkout and reused.
 CACHE  ?= $(or $(VENEER_CACHE),$(HOME)/.cache/veneer)
 export VENEER_CACHE := $(CACHE)
-# Adapter training is dominated by fresh memory on small machines: let glibc keep what it has (docs/benchmarks.md).
-export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
-export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
 
 .PHONY: demo test lint bench docs clean
 

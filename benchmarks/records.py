@@ -19,6 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("veneer", "torch", "transformers", "peft", "accelerate", "safetensors", "datasets", "numpy")
 # They decide how often fresh memory is asked for, which is much of the time of a training step (allocator.py).
 ALLOCATOR = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+RAISED = dict.fromkeys(ALLOCATOR, str(2**30))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import inspect
 import re
 import statistics
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 import veneer  # noqa: E402
-from contract.places import SPOTS, Spot, config, randomise, said_of, settings_of  # noqa: E402
+from contract.places import QUANTISED, SPOTS, Spot, config, randomise, said_of, settings_of  # noqa: E402
 from veneer.adapter import Adapter, WeightAdapter  # noqa: E402
 from veneer.config import PeftConfig  # noqa: E402
 from veneer.errors import VeneerError  # noqa: E402
 from veneer.method_strings import parse_method  # noqa: E402
 from veneer.registry import methods  # noqa: E402
 
-KINDS = ("linear", "conv", "embedding", "norm", "parameter")
+BASE = "quantised base"  # linear layers in every store's form
+KINDS = ("linear", "conv", "embedding", "norm", "parameter", BASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +107,9 @@ def tried(name: str, spot: Spot) -> set[str]:
         ("merge", model.merge_adapter),
     ):
         try:
-            attempt()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Merging has quantised")
+                attempt()
         except VeneerError:
             continue
         can.add(what)
@@ -113,7 +117,8 @@ def tried(name: str, spot: Spot) -> set[str]:
 
 
 def cell(name: str, kind: str) -> str:
-    results = {spot.name: tried(name, spot) for spot in SPOTS if spot.kind == kind}
+    spots = QUANTISED if kind == BASE else [spot for spot in SPOTS if spot.kind == kind]
+    results = {spot.name: tried(name, spot) for spot in spots}
     running = {spot: can for spot, can in results.items() if can}
     if not running:
         return "no"

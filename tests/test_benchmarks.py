@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # benchmarks are run from the checkout and are not installed
@@ -123,3 +124,62 @@ def test_a_benchmark_runs_and_a_trial_records_nothing(
     assert "2 layers, 14 places, against peft:" in capsys.readouterr().out
     assert sorted(records.RESULTS.iterdir()) == before
     assert [path.stat().st_size for path in before] == sizes
+
+
+@pytest.mark.real
+@pytest.mark.filterwarnings("ignore")  # of the peer
+def test_the_benchmark_of_the_frozen_part_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from benchmarks import frozen_part, ladder
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 30}
+    monkeypatch.setattr(ladder, "_base", lambda width: LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=49152)))
+    monkeypatch.setattr(frozen_part, "apart", lambda module, function, **named: harness.Apart(named["arm"], 1))
+    monkeypatch.setattr(frozen_part, "_score", lambda alone: alone.value)
+    rows = list(frozen_part.run(quick=True))
+    assert [row.score for row in rows[:1]] == [{"Veneer": "memory", "peft": "peft"}]
+    assert rows[1].figure.median > 1  # fewer multiplications
+
+
+def test_the_benchmark_of_packed_rows_runs() -> None:
+    import tiny
+    from benchmarks import packing
+
+    def collate(numbers: list[int]) -> dict[str, torch.Tensor]:
+        mask = (torch.arange(9) < torch.tensor([2 + i for i in numbers])[:, None]).long()
+        tokens = tiny.tokens(len(numbers), 9) * mask
+        return {"input_ids": tokens, "attention_mask": mask, "labels": tokens.masked_fill(mask == 0, -100)}
+
+    rows = list(packing.measure("tiny", tiny.llama(), collate, [2 + i for i in range(8)], 4, 2, 1))
+    assert [row.what for row in rows[:2]] == ["tiny: 2 x 4 rows, random", "tiny: 2 x 4 rows, random: positions"]
+    assert rows[1].figure.median == 72 / sum(range(2, 10))
+
+
+def test_the_layers_of_the_int8_benchmark_run_and_its_curves_are_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import int8, int8_scores
+
+    times = harness.in_turns(int8.layer(3, 8, 16), pairs=1)
+    assert list(times) == ["float32", "int8", "float32 alone", "integers alone"]
+    rows = [
+        Row(f"{data}, {arm}, after {step} steps", "3 seeds", Spread.of([0.6, 0.7]), "accuracy")
+        for data in int8_scores.TASKS
+        for arm in int8.ARMS
+        for step in (5, 10)
+    ]
+    monkeypatch.setattr(pages, "FIGURES", tmp_path)
+    int8_scores.draw(records.record("int8_scores", rows, None))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["int8-movie-sentiment.svg", "int8-sms-spam.svg"]
+
+
+@pytest.mark.parametrize(("form", "bits"), [("float32", 32), ("int8", 8), ("nf4", 4)])
+def test_a_model_of_the_memory_benchmark_is_held_in_its_form(form: str, bits: int) -> None:
+    from benchmarks import memory
+
+    sizes = memory.QUICK["a narrow Llama"]
+    held = memory.held(memory.build(sizes, form))
+    embedding = sizes["vocab_size"] * sizes["hidden_size"]
+    weights = memory.held(memory.build(sizes, "float32")) / 4 - embedding
+    assert held == pytest.approx(4 * embedding + bits / 8 * weights, rel=0.1)

@@ -14,7 +14,8 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from veneer.commands.arguments import parse, run_options
+from veneer.allocation import keep_freed_memory
+from veneer.commands.arguments import many_options, parse, run_options
 from veneer.commands.usage import UsageError
 from veneer.errors import VeneerError, VeneerWarning
 
@@ -35,13 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = _take_debug(given)
+    keep_freed_memory()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     with warnings.catch_warnings():
         _show_warnings(debug)
         try:
             command, chosen = parse(given)
-            _COMMANDS[command](chosen)
+            code = _COMMANDS[command](chosen) or 0
             sys.stdout.flush()
         except SystemExit as error:  # help, version or configuration have been printed
             return error.code if isinstance(error.code, int) else 0
@@ -57,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # The reader, `head` for example, has had enough. What is left in the buffer must not raise at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-    return 0
+    return code
 
 
 def _train(chosen: Namespace) -> None:
@@ -68,6 +70,33 @@ def _train(chosen: Namespace) -> None:
     result = train(options, console=_console(sys.stderr))
     _console().print(summary_table([result]))
     print(f"Use it: veneer predict {shlex.quote(result.folder)} TEXT")
+
+
+def _compare(chosen: Namespace) -> int:
+    options, methods = many_options(chosen)
+    from veneer.evaluation.report import summary_table
+    from veneer.training.many import train_many
+
+    done = train_many(options, methods, console=_console(sys.stderr))
+    if done.results:
+        _console().print(summary_table(list(done.results.values())))
+        print(f"Use one: veneer predict {shlex.quote(next(iter(done.results.values())).folder)} TEXT")
+    for name, reason in done.failures.items():
+        print(f"veneer: error: {name}: {reason}", file=sys.stderr)
+    return 1 if done.failures else 0
+
+
+def _estimate(chosen: Namespace) -> None:
+    if (chosen.length is None) == (chosen.data.train == ""):
+        raise UsageError("Give either --data or --length, the tokens of every example. Try: veneer estimate --help")
+    options = run_options(chosen)
+    from veneer.evaluation.estimates import estimate
+
+    found = estimate(options, chosen.length)
+    if chosen.json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        _console().print(found)
 
 
 def _evaluate(chosen: Namespace) -> None:
@@ -174,8 +203,10 @@ def _samples(chosen: Namespace) -> None:
         print(samples.fetch(name))
 
 
-_COMMANDS: dict[str, Callable[[Namespace], None]] = {
+_COMMANDS: dict[str, Callable[[Namespace], int | None]] = {
     "train": _train,
+    "compare": _compare,
+    "estimate": _estimate,
     "evaluate": _evaluate,
     "predict": _predict,
     "merge": _merge,
@@ -209,7 +240,7 @@ def _show_warnings(debug: bool) -> None:
 
 
 def _interrupted(arguments: Sequence[str]) -> str:
-    if arguments[:1] != ["train"]:
+    if arguments[:1] not in (["train"], ["compare"]):
         return "veneer: interrupted; nothing was left half-written."
     again = shlex.join(["veneer", *arguments, "--output.resume", "true"])
     return f"veneer: interrupted. Go on from the last complete checkpoint with: {again}"

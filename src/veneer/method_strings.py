@@ -29,6 +29,27 @@ def parse_method(spec: str | Mapping[str, Any] | PeftConfig) -> PeftConfig:
     """
     if isinstance(spec, PeftConfig):
         return spec
+    name, values = read_method(spec)
+    names = method_names()
+    if name not in names:
+        raise ConfigError(f"Unknown method {name!r}.{nearest(str(name), names)} Known: {', '.join(names)}.")
+    cls, preset = preset_of(name)
+    fields = {entry.name for entry in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            raise ConfigError(f"The method {name!r} has no setting {key!r}.{nearest(str(key), fields)}")
+    return cls(**{**preset, **values})
+
+
+def read_method(spec: str | Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The name in a method string or mapping, and the settings that are given with it, neither checked.
+
+        >>> read_method("lora:r=4,bias=none")
+        ('lora', {'r': 4, 'bias': 'none'})
+
+    Raises:
+        ConfigError: It cannot be read.
+    """
     values: dict[str, Any]
     if isinstance(spec, str):
         name, _, rest = spec.partition(":")
@@ -47,15 +68,7 @@ def parse_method(spec: str | Mapping[str, Any] | PeftConfig) -> PeftConfig:
         if "name" not in values:
             raise ConfigError(f"The method {values!r} has no 'name'. Give one of {', '.join(method_names())}.")
         name = values.pop("name")
-    names = method_names()
-    if name not in names:
-        raise ConfigError(f"Unknown method {name!r}.{nearest(str(name), names)} Known: {', '.join(names)}.")
-    cls, preset = preset_of(name)
-    fields = {entry.name for entry in dataclasses.fields(cls)}
-    for key in values:
-        if key not in fields:
-            raise ConfigError(f"The method {name!r} has no setting {key!r}.{nearest(str(key), fields)}")
-    return cls(**{**preset, **values})
+    return name, values
 
 
 def _split(text: str) -> list[str]:

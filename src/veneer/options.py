@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Task = Literal["classification", "causal-lm"]
+Quantize = Literal[
+    "int8", "nf4", "fp4", "nf4-int8", "bnb-int8", "torchao-int8", "torchao-int4", "hqq-8", "hqq-4"
+]  # fmt: skip
 
 
 @dataclass
@@ -16,22 +19,30 @@ class ModelOptions:
     """The frozen base model.
 
     Args:
-        name: A hub id, a folder, or the name of a sample model (`veneer.samples`).
+        name: A hub id, a folder, a GGUF file, or the name of a sample model (`veneer.samples`).
         revision: Branch, tag or commit of a hub model.
-        dtype: Type of the frozen weights; `auto` takes what the checkpoint was saved in. Adapters stay in float32.
+        dtype: Type of the frozen weights. `measured` takes float32, or bfloat16 where this machine computes clearly
+            faster in it; `auto` what the checkpoint was saved in. Adapters stay in float32.
         device_map: As in transformers, e.g. `auto`.
         max_memory: Memory for each device, e.g. `{"cpu": "8GiB", "0": "10GiB"}`; only with `device_map`.
         attn_implementation: `eager`, `sdpa`, a flash variant, or none for the model's default.
         trust_remote_code: Allow a hub model to run its own Python code.
+        quantize: `int8` keeps the linear layers of the frozen model in 8 bits and multiplies in 8 bits; what does not
+            bear it, seen on a few batches of the training data, stays exact. `nf4` and `fp4` keep them in 4 bits
+            (bitsandbytes, scales quantised too), `nf4-int8` computes in 8 bits from there, `bnb-int8`, `torchao-int8`,
+            `torchao-int4`, `hqq-8` and `hqq-4` are those of these packages. None keeps all as it is.
+        gguf_file: The GGUF file to read, of a hub model or a folder; its weights are dequantised in loading.
     """
 
     name: str
     revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["measured", "auto", "float32", "bfloat16", "float16"] = "measured"
     device_map: str | dict[str, str | int] | None = None
     max_memory: dict[str, str] | None = None
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    quantize: Quantize | None = None
+    gguf_file: str | None = None
 
 
 @dataclass

@@ -119,7 +119,7 @@ def test_help_and_version_do_not_import_torch() -> None:
     assert "veneer 0." in done.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "merge", "inspect", "demo", "samples"])
+@pytest.mark.parametrize("command", ["train", "estimate", "evaluate", "predict", "merge", "inspect", "demo", "samples"])
 def test_every_command_explains_itself_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     shown = capsys.readouterr().out
@@ -510,6 +510,29 @@ def test_a_method_that_cannot_be_merged_says_why(
     assert said.startswith("veneer: error: ")
     assert not (tmp_path / "merged").exists()
     assert not list(tmp_path.glob(".*partial"))
+
+
+# Estimating
+
+
+def test_estimate_takes_the_arguments_of_train(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = classify(place, place / "never")
+    assert main(["estimate", *arguments[1:], "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["peak"] == sum(found["parts"].values())
+    assert found["seconds"] > 0
+    assert (found["batch"]["rows"], found["batch"]["steps"]) == (16, 36)  # 48 examples, 12 epochs
+    assert not (place / "never").exists()
+
+
+def test_estimate_needs_no_data_but_a_length(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["estimate", "--task", "causal-lm", "--model", str(place / "decoder")]
+    assert main([*asked, "--length", "16"]) == 0
+    shown = capsys.readouterr().out
+    assert "Batches of 8 x 16 tokens at most" in shown
+    assert re.search(r"^peak +\d", shown, re.MULTILINE)
+    assert main(asked) == 2
+    assert "Give either --data or --length" in capsys.readouterr().err
 
 
 # Inspecting, samples, demo

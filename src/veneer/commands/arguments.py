@@ -6,6 +6,7 @@ up the fields of `transformers.TrainingArguments` and the registered methods.
 
 import argparse
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
@@ -33,7 +34,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Namespace]:
     arguments = list(arguments)
     command = next((argument for argument in arguments if not argument.startswith("-")), "")
     parser, subparsers = build()
-    if command == "train":
+    if command in ("train", "compare", "estimate"):
         arguments = _expand_short_forms(arguments)
     try:
         parsed = parser.parse_args(arguments)
@@ -80,19 +81,42 @@ def run_options(arguments: Namespace) -> RunOptions:
     from veneer.method_strings import parse_method
     from veneer.training.arguments import check
 
-    options = RunOptions(
-        task=arguments.task,
-        model=ModelOptions(**arguments.model.as_dict()),
-        data=DataOptions(**arguments.data.as_dict()),
-        output=OutputOptions(**arguments.output.as_dict()),
-        method=arguments.method,
-    )
+    options = _options(arguments)
+    options.method = arguments.method
     try:
         parse_method(options.method)
         options.training = check(arguments.training, options.output)
     except ConfigError as error:
         raise UsageError(f"{plain(str(error))} Try: veneer train --help") from error
     return options
+
+
+def many_options(arguments: Namespace) -> tuple[RunOptions, list[str | dict[str, Any]]]:
+    """The options of `veneer compare`, and its methods.
+
+    Raises:
+        UsageError: A method or a training setting is unknown, of the wrong type, or given twice.
+    """
+    from veneer.training.many import configurations
+
+    options = _options(arguments)
+    options.training = arguments.training
+    methods = [method if isinstance(method, str) else dict(method) for method in arguments.methods]
+    try:
+        configurations(options, methods)
+    except ConfigError as error:
+        raise UsageError(f"{plain(str(error))} Try: veneer compare --help") from error
+    return options, methods
+
+
+def _options(arguments: Namespace) -> RunOptions:
+    """All but method and training."""
+    return RunOptions(
+        task=arguments.task,
+        model=ModelOptions(**arguments.model.as_dict()),
+        data=DataOptions(**arguments.data.as_dict()),
+        output=OutputOptions(**arguments.output.as_dict()),
+    )
 
 
 def _train(parser: ArgumentParser) -> None:
@@ -112,11 +136,60 @@ def _train(parser: ArgumentParser) -> None:
     --training.lora_optimizer takes loraplus, lorafa or riemannian.
     """
     parser.add_argument("--config", action="config", metavar="FILE", help="YAML file with any of the settings below.")
-    parser.add_class_arguments(RunOptions)
+    _add_run(parser)
+
+
+def _compare(parser: ArgumentParser) -> None:
+    """veneer compare --task TASK --model NAME --data FILE --output FOLDER --methods METHOD ... [options of train]
+
+    Train several methods, one after the other, on one base model that is loaded once. Each gets a folder of its own in
+    the output folder, which is that of `veneer train` and ends in the same weights. One that fails does not stop the
+    others; the exit code is 1 then.
+
+    examples:
+      veneer compare --task classification --model minilm --data movie-sentiment --output outputs/ranks \\
+          --methods lora:r=4 lora:r=8 lora:r=16,training.learning_rate=5e-4 bitfit
+      veneer compare --config compare.yaml --output.resume true
+
+    Settings of one method alone: training.FIELD among its own. In YAML, methods is a list.
+    """
+    parser.add_argument("--config", action="config", metavar="FILE", help="YAML file with any of the settings below.")
+    parser.add_argument(
+        "--methods", type=str | dict[str, Any], nargs="+", required=True, metavar="METHOD",
+        help="Method strings or mappings.",
+    )  # fmt: skip
+    _add_run(parser, skip={"method"})
+
+
+def _add_run(parser: ArgumentParser, skip: set[str] | None = None) -> None:
+    """The options of a run."""
+    parser.add_class_arguments(RunOptions, skip=skip)
     for action in parser._actions:
         if (short := next(iter(action.option_strings), "")) in _SHORT_FORMS:
             action.metavar = _SHORT_FORMS[short].rpartition(".")[2].upper()
             action.help = f"Short for {_SHORT_FORMS[short]}."
+
+
+def _estimate(parser: ArgumentParser) -> None:
+    """veneer estimate --task TASK --model NAME (--data FILE | --length TOKENS) [--json] [options of train]
+
+    Peak memory and time of a training step, part by part, before anything is trained. Takes what `veneer train` takes;
+    put the one word in place of the other. No weights are loaded: the model's code runs on tensors that have shapes and
+    no numbers, and its operations are timed on this machine.
+
+    examples:
+      veneer estimate --task classification --model minilm --data movie-sentiment --method bitfit
+      veneer estimate --task causal-lm --model smollm2 --length 512 --training.per_device_train_batch_size 2
+    """
+    parser.add_argument("--config", action="config", metavar="FILE", help="YAML file with any of the settings below.")
+    parser.add_argument(
+        "--length", type=int | None, default=None, metavar="TOKENS", help="Length of every example, in place of data."
+    )
+    parser.add_argument("--json", action="store_true", help="Print one JSON object.")
+    _add_run(parser)
+    for action in parser._actions:
+        if action.dest in ("data.train", "output.folder"):
+            action.required, action.default = False, ""
 
 
 def _evaluate(parser: ArgumentParser) -> None:
@@ -248,6 +321,8 @@ def _samples(parser: ArgumentParser) -> None:
 
 _COMMANDS: dict[str, tuple[Callable[[ArgumentParser], None], str]] = {
     "train": (_train, "train an adapter"),
+    "compare": (_compare, "train several methods on one base model, loaded once"),
+    "estimate": (_estimate, "tell memory and time of a training run beforehand"),
     "evaluate": (_evaluate, "measure a trained adapter"),
     "predict": (_predict, "use a trained adapter on texts"),
     "merge": (_merge, "write a plain model with the adapter merged in"),

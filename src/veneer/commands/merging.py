@@ -14,6 +14,7 @@ from veneer.checkpoint import read
 from veneer.config import PeftConfig
 from veneer.errors import ConfigError, UnsupportedError, VeneerError
 from veneer.model import PeftModel
+from veneer.quantised_bases import dequantise
 from veneer.samples import resolve_model
 from veneer.training import checkpoints, folder
 from veneer.training.models import load_tokenizer
@@ -58,6 +59,7 @@ def merge_folder(adapter: str, output: str, base: str | None = None) -> Merged:
     require_free(target)
     model, tokenizer = load_folder(Path(adapter).expanduser(), base)
     probe = _probe(model)
+    dequantise(model)  # what 4 bits have made of the weights is what was trained on, and is merged into unrounded
     adapted = _outputs(model, probe)
     kind: Any = type(model.get_base_model())
     dtype = model.dtype
@@ -109,9 +111,11 @@ def load_folder(adapter: Path, base: str | None) -> tuple[PeftModel, PreTrainedT
     if (adapter / folder.RUN).is_file():
         options = folder.read_options(adapter)
         labels = folder.read_result(adapter).labels
+        if options.model.quantize == "int8":
+            options.model.quantize = None  # its rounding is slight: the weights are merged into as they were
         if base is not None:
             options.model.name = base
-        tokenizer = load_tokenizer(replace(options.model, name=str(adapter), revision=None))
+        tokenizer = load_tokenizer(replace(options.model, name=str(adapter), revision=None, gguf_file=None))
         return load_adapted(adapter, options, tokenizer, labels), tokenizer
     return _load_without_run(adapter, base)
 

@@ -7,7 +7,6 @@ used, which shows that all there is to an adapter lies in its folder.
 import csv
 import dataclasses
 import json
-import os
 import random
 import re
 import shlex
@@ -31,9 +30,6 @@ SEED = 42
 AIRLINES = re.compile(r"@(VirginAmerica|united|SouthwestAir|AmericanAir|USAirways|JetBlue|Delta)\b", re.IGNORECASE)
 FEELINGS = ("negative", "positive")
 QUESTION = "Is the feeling of this tweet negative or positive? Answer with one word."
-# glibc gives large blocks back to the system and takes them anew at every step, unless told not to; training adapters
-# on a CPU spends much of its time there (docs/benchmarks.md). It listens only when a process starts.
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 
 
 @dataclass(frozen=True)
@@ -170,7 +166,7 @@ def _train(run: DemoRun, data: Sequence[str], place: Path, console: Console) -> 
     console.print(f"$ {escape(shlex.join(['veneer', *arguments]))}", soft_wrap=True, style="dim")
     command = [sys.executable, "-m", "veneer", *arguments, "--output.overwrite", "true"]
     # Its progress is on the error stream; its own table would come once more at the end.
-    finished = subprocess.run(command, stdout=subprocess.DEVNULL, env={**KEEP_MEMORY, **os.environ})
+    finished = subprocess.run(command, stdout=subprocess.DEVNULL)
     if finished.returncode < 0:
         raise VeneerError(
             f"The run {run.name!r} was killed by signal {-finished.returncode}. Signal 9 mostly means that memory "

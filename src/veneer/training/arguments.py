@@ -38,6 +38,14 @@ _OF_OPTIMIZERS = {
 }
 
 
+# Settings of batches by a number of examples, with what they are where nobody sets them.
+_BY_EXAMPLES: dict[str, Any] = {
+    "per_device_train_batch_size": 8,
+    "auto_find_batch_size": False,
+    "dataloader_drop_last": False,
+}
+
+
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     """Those of transformers, and which optimiser of the LoRA family is used.
@@ -48,12 +56,46 @@ class TrainingArguments(transformers.TrainingArguments):
         loraplus_lr_ratio: Learning rate of the second factor over that of the first.
         loraplus_lr_embedding: Learning rate of adapters on embeddings with `loraplus`.
         riemannian_reg: What is added to the diagonals of the matrices that are inverted.
+        packing: Whether nothing is computed for padding: `on`, `off`, or `auto` for where the results are the same.
+        tokens_per_batch: How many tokens a training batch may have at most, padding not counted, in place of a number
+            of examples (`per_device_train_batch_size`).
+        threads: Of torch; measured if none, unless `OMP_NUM_THREADS` is set.
+        compile_blocks: Whether `torch.compile` compiles each repeated block of the model.
+        offload_activations: Whether what is kept for the gradient waits in the processor's memory; accelerators only.
+        frozen_part: Where only upper layers are trained, whether what lies below is computed once for each example and
+            kept over the epochs: `memory`, `disk`, `off`, or `auto` for where it fits and gives the same results.
+        frozen_part_gb: The most that may be kept; half of the free memory, or 80% of the free disk, if none.
+        frozen_part_folder: Where it is kept on disk. A folder that is named here outlives the run and serves the next;
+            none is one in the output folder, removed when the run has finished.
     """
 
     lora_optimizer: Literal["loraplus", "lorafa", "riemannian"] | None = None
     loraplus_lr_ratio: float = 16.0
     loraplus_lr_embedding: float = 1e-6
     riemannian_reg: float = 1e-2
+    packing: Literal["auto", "on", "off"] = "auto"
+    tokens_per_batch: int | None = None
+    threads: int | None = None
+    compile_blocks: bool = False
+    offload_activations: bool = False
+    frozen_part: Literal["auto", "off", "memory", "disk"] = "auto"
+    frozen_part_gb: float | None = None
+    frozen_part_folder: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.packing not in ("auto", "on", "off"):
+            raise ConfigError(f"training.packing is {self.packing!r}. Expected 'auto', 'on' or 'off'.")
+        if (budget := self.tokens_per_batch) is None:
+            return
+        if budget < 1:
+            raise ConfigError(f"training.tokens_per_batch is {budget}. Expected a number of tokens from 1 on, or none.")
+        for name, plain in _BY_EXAMPLES.items():
+            if (value := getattr(self, name)) != plain:
+                raise ConfigError(
+                    f"training.{name} is {value!r}, but training.tokens_per_batch decides what is in a batch. Remove "
+                    "one of the two."
+                )
 
 
 def check(training: Mapping[str, Any], output: OutputOptions) -> dict[str, Any]:
@@ -81,6 +123,8 @@ def check(training: Mapping[str, Any], output: OutputOptions) -> dict[str, Any]:
             )
         new = _RENAMED.get(name, name)
         values[new if new in fields else name] = value.value if isinstance(value, Enum) else value
+    if (threads := values.get("threads")) is not None and not (str(threads).isdigit() and int(threads) > 0):
+        raise ConfigError(f"training.threads is {threads!r}. Expected a number from 1 on, or none to measure.")
     _check_optimizer(values)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TrainingArguments)
@@ -140,6 +184,13 @@ def resolve(options: RunOptions, learning_rate: float, evaluates: bool) -> dict[
         "restore_callback_states_from_checkpoint": True,
         "seed": 42,
     }
+    if given.get("tokens_per_batch") is not None:
+        if (size := given.get("per_device_train_batch_size")) is not None:
+            raise ConfigError(
+                f"training.per_device_train_batch_size is {size}, but training.tokens_per_batch decides how many "
+                "examples are in a batch. Remove one of the two."
+            )
+        del defaults["per_device_train_batch_size"]
     if "save_steps" not in given and given.get("save_strategy") == "steps":
         defaults["save_steps"] = 0.1
     if evaluates:
@@ -161,6 +212,8 @@ def build(resolved: Mapping[str, Any], folder: str) -> TrainingArguments:
     try:
         # The bar is drawn by `ProgressDisplay`.
         return TrainingArguments(output_dir=folder, **{**resolved, "disable_tqdm": True})
+    except ConfigError:
+        raise
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ConfigError(f"training: {error}") from error
 
@@ -213,9 +266,13 @@ def _require_early_stopping(resolved: dict[str, Any], patience: int, evaluates: 
 
 
 def _as_meant(name: str, value: Any) -> Any:
-    """Undoes two readings of YAML: `1e-3` is text to it, and `no` is false."""
+    """Undoes readings of YAML: `1e-3` is text to it, and `no` and `off` are false, `on` is true."""
     if value is False and name.endswith("_strategy"):
         return "no"
+    if value is False and name in ("frozen_part", "packing"):
+        return "off"
+    if value is True and name == "packing":
+        return "on"
     if isinstance(value, str):
         for kind in (int, float):
             try:

@@ -25,10 +25,12 @@ from veneer.errors import CheckpointError, ConfigError, VeneerWarning
 from veneer.files import sync_folder, write_text
 from veneer.method_strings import parse_method
 from veneer.options import DataOptions, ModelOptions, OutputOptions, RunOptions, RunResult
+from veneer.quantization import Quantization
 from veneer.training import arguments, checkpoints
 
 RUN = "run.yaml"
 RESULTS = "results.json"
+QUANTIZATION = "quantization.json"
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -54,7 +56,7 @@ def claim(options: RunOptions) -> Path:
                 f"output.resume: {folder} holds no run to go on with ({RUN} is missing). Remove resume to start one, "
                 "or name the folder of the run."
             )
-        _compare(read_options(folder), options, folder)
+        compare(read_options(folder), options, folder)
         checkpoints.clean(folder)
         checkpoints.last_complete(folder)
     elif RUN in entries and not output.overwrite:
@@ -75,7 +77,7 @@ def begin(folder: Path, options: RunOptions, *, resume: bool) -> None:
     """Makes the folder this run's: clears away an earlier run unless it goes on, and writes the configuration."""
     if not resume and folder.is_dir():
         # The marks first: a folder that is killed here is an unfinished run, not one with foreign results.
-        for name in (RESULTS, *_ADAPTER):
+        for name in (RESULTS, QUANTIZATION, *_ADAPTER):
             (folder / name).unlink(missing_ok=True)
         checkpoints.clean(folder)
         for _, checkpoint in checkpoints.steps(folder):
@@ -162,6 +164,26 @@ def read_prompting(folder: str | Path) -> dict[str, Any]:
     return {"separator": "", "template": True} | values.get("prompting", {})
 
 
+def write_quantization(folder: Path, quantization: Quantization) -> None:
+    """Says which layers of the base model were quantised, for `read_quantization`."""
+    (folder / QUANTIZATION).write_text(json.dumps(quantization.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+
+def read_quantization(folder: Path) -> Quantization:
+    """What the base model of the run in a folder was given for.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+    """
+    path = folder / QUANTIZATION
+    try:
+        return Quantization.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error!r}). It says which layers were quantised. Restore it, or train again."
+        ) from error
+
+
 def dump(options: RunOptions) -> str:
     """The configuration as YAML that `veneer train --config` takes."""
     values = dataclasses.asdict(options)
@@ -202,10 +224,13 @@ def method_settings(method: str | Mapping[str, Any]) -> dict[str, Any]:
     return {"name": name, **settings}
 
 
-def _compare(before: RunOptions, now: RunOptions, folder: Path) -> None:
+def compare(before: RunOptions, now: RunOptions, folder: Path) -> None:
     """Refuses to go on with other data, another model or method; says so if anything else has changed.
 
     Only what the present run sets is compared: defaults were resolved into what was written.
+
+    Raises:
+        ConfigError: So.
     """
     old, new = dataclasses.asdict(before), dataclasses.asdict(located(now))
     new["training"] = arguments.check(now.training, now.output)

@@ -135,12 +135,24 @@ def _loss(
     shift_labels = shift_labels.to(hidden.device)
     chosen = shift_labels != ignore_index
     x, y = hidden[chosen], shift_labels[chosen]  # (n, width), (n,)
+    total = total_loss(head, cap, x, y)
+    count = y.numel() if num_items_in_batch is None else num_items_in_batch
+    return total / (count.to(total.device) if isinstance(count, Tensor) else count)
+
+
+def total_loss(head: nn.Module, cap: float | None, x: Tensor, y: Tensor) -> Tensor:
+    """Summed cross-entropy of labelled positions.
+
+    Args:
+        head: The output head.
+        cap: c in c tanh(logits / c), where the model has it.
+        x: What the head is called with, (n, width).
+        y: Labels, (n,).
+    """
     # Hooks may change what the head gives, or fetch its weights from elsewhere first.
     plain = type(head) is nn.Linear and not head.weight.requires_grad
     plain = plain and not (head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head))
-    total = _FrozenHead.apply(x, head.weight, head.bias, y, cap) if plain else _by_pieces(head, cap, x, y)
-    count = y.numel() if num_items_in_batch is None else num_items_in_batch
-    return total / (count.to(total.device) if isinstance(count, Tensor) else count)
+    return _FrozenHead.apply(x, head.weight, head.bias, y, cap) if plain else _by_pieces(head, cap, x, y)
 
 
 def _pieces(vocabulary: int) -> int:

@@ -3,17 +3,20 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
+from veneer import gguf_files, machine, quantised_bases
 from veneer.adapted import adapters_of
 from veneer.errors import ConfigError, VeneerWarning
 from veneer.model import PeftModel
@@ -28,15 +31,34 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     Raises:
         ConfigError: There is none under that name.
     """
-    name = resolve_model(options.name)
+    name, file = gguf_files.source(resolve_model(options.name), options.gguf_file)
     with _said_by_us(options, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=options.revision, trust_remote_code=options.trust_remote_code
+            name, revision=options.revision, trust_remote_code=options.trust_remote_code, **file
         )
+        if file:
+            path = cached_file(name, file["gguf_file"], revision=options.revision)
+            gguf_files.mend_tokenizer(tokenizer, Path(str(path)))
     if tokenizer.pad_token is None:
         # GPT-2, Llama and others have none. Padding has no label and is not attended to, so any token serves.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+def load_config(options: ModelOptions) -> Any:
+    """The model's configuration.
+
+    Raises:
+        ConfigError: There is none under that name.
+    """
+    name, file = gguf_files.source(resolve_model(options.name), options.gguf_file)
+    with _said_by_us(options, "configuration"):
+        config = AutoConfig.from_pretrained(
+            name, revision=options.revision, trust_remote_code=options.trust_remote_code, **file
+        )
+    if file and hasattr(config, "quantization_config"):
+        del config.quantization_config  # its weights are dequantised in loading
+    return config
 
 
 def load_model(
@@ -58,9 +80,15 @@ def load_model(
     """
     if options.max_memory is not None and options.device_map is None:
         raise ConfigError('model.max_memory only has a meaning with model.device_map. Set it, for example to "auto".')
+    afterwards = options.quantize is not None and quantised_bases.FORMS[options.quantize].settings is None
+    if afterwards and options.device_map is not None:
+        raise ConfigError(
+            f"model.quantize is {options.quantize!r} and model.device_map {options.device_map!r}: layers that are "
+            "quantised after loading would leave the devices that they were loaded to. Remove one of the two."
+        )
     settings: dict[str, Any] = {
         "revision": options.revision,
-        "dtype": options.dtype,
+        "dtype": options.dtype if options.dtype != "measured" else machine.choose(load_config(options)).dtype,
         "device_map": options.device_map,
         "trust_remote_code": options.trust_remote_code,
     }
@@ -79,9 +107,21 @@ def load_model(
             # A head for other classes in the model's files gives way to a new one.
             "ignore_mismatched_sizes": True,
         }
-    name = resolve_model(options.name)
+    name, file = gguf_files.source(resolve_model(options.name), options.gguf_file)
+    if options.quantize is not None:
+        if file and not afterwards:
+            raise ConfigError(
+                f"model.quantize is {options.quantize!r}, which transformers makes while reading a model, but not from "
+                "a GGUF file. Choose int8, hqq-8 or hqq-4, or name the model in full precision."
+            )
+        settings |= quantised_bases.loading_settings(
+            options.quantize, settings["dtype"], task == "classification", load_config(options)
+        )
     with _said_by_us(options, "model"):
-        model, found = kind.from_pretrained(name, output_loading_info=True, **settings)
+        model, found = kind.from_pretrained(name, output_loading_info=True, **file, **settings)
+    if file:
+        gguf_files.mend_config(model)
+    quantised_bases.convert(model, options.quantize)
     new = sorted({*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])})
     if task == "classification":
         model.config.problem_type = "single_label_classification"

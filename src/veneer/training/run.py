@@ -4,7 +4,7 @@ Also the place to import everything from that works on a run's folder.
 """
 
 import dataclasses
-import gc
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 from veneer import units
 from veneer.config import PeftConfig, TaskType
-from veneer.data import TaskData, load_task, preview
+from veneer.data import TaskData, preview
 from veneer.errors import ConfigError, DataError, VeneerError, nearest
 from veneer.evaluation import metrics
 from veneer.method_strings import parse_method
@@ -26,15 +26,16 @@ from veneer.model import PeftModel, get_peft_model
 from veneer.optimizers.lorafa import freeze_down
 from veneer.options import RunOptions, RunResult, Task
 from veneer.preparation import awaits_data, prepare
-from veneer.training import arguments
+from veneer.training import arguments, samplers
 from veneer.training import folder as run_folder
+from veneer.training.basis import Basis, as_begun, load
 from veneer.training.clock import peak_memory
-from veneer.training.models import load_model, load_tokenizer, warn_untrained
-from veneer.training.progress import ProgressDisplay, figures_of
+from veneer.training.models import warn_untrained
+from veneer.training.progress import ProgressDisplay, describe, figures_of
 from veneer.training.trained import (
+    MEASURING,
     evaluate,
     generate,
-    load_adapted,
     load_trained,
     logits_of,
     predict,
@@ -75,46 +76,65 @@ def train(
     main = int(os.environ.get("RANK", "0")) == 0
     console = (console or Console(highlight=False)) if main else Console(quiet=True)
     arguments.check(options.training, options.output)
-    config = _method(options)
+    options = as_begun(options)
+    method_of(options)
     folder = run_folder.claim(options) if main else Path(options.output.folder).expanduser()
+    basis = load(options, console)
+    return run_on(basis, basis.options, folder, callbacks=callbacks, console=console, main=main)
 
-    seed = int(options.training.get("seed", 42))
-    tokenizer = load_tokenizer(options.model)
-    data = load_task(options.data, options.task, tokenizer, seed)
-    for line in data.report:
-        console.print(line, markup=False, soft_wrap=True)
-    set_seed(seed)  # of a new head and of the adapter
-    base, new = load_model(options.model, options.task, tokenizer, data.labels)
-    _check_lengths(data, base.config, options)
-    model = get_peft_model(base, config)
-    warn_untrained(new, model, options.model.name)
+
+def run_on(
+    basis: Basis,
+    options: RunOptions,
+    folder: Path,
+    *,
+    callbacks: Sequence[TrainerCallback] = (),
+    console: Console,
+    main: bool = True,
+) -> RunResult:
+    """Trains one method on a base model that is loaded already; the rest is as for `train`.
+
+    Args:
+        basis: Model and data.
+        options: The run, with the settings of the basis.
+        folder: The output folder, claimed.
+        callbacks: Further callbacks for the trainer.
+        console: Where to report.
+        main: Whether this process owns the folder.
+    """
+    data, tokenizer, config = basis.data, basis.tokenizer, method_of(options)
+    model = get_peft_model(basis.base, config)
+    warn_untrained(basis.new, model, options.model.name)
 
     resolved = arguments.resolve(options, config.learning_rates[options.task], evaluates=data.evaluation is not None)
     args = arguments.build(resolved, str(folder))
     if main:
         settled = dataclasses.replace(options, training=resolved, method=run_folder.method_settings(options.method))
         run_folder.begin(folder, run_folder.located(settled), resume=options.output.resume)
+        if basis.quantization is not None:
+            run_folder.write_quantization(folder, basis.quantization)
     if resolved.get("lora_optimizer") == "lorafa":
         freeze_down(model)  # the optimiser does so too; what is said to be trained should be
     if awaits_data(model):
-        if not getattr(base, "hf_device_map", None):
+        if not getattr(basis.base, "hf_device_map", None):
             model.to(args.device)
-        batches = _batches(data, args.train_batch_size, options.data.preparation_batches, seed)
+        batches = basis.batches(args.train_batch_size, options.data.preparation_batches)
         console.print(f"Shown to the method before training: {len(batches)} batches of {args.train_batch_size}.")
         prepare(model, batches)
-    _show(console, model, data, tokenizer)
+    _show(console, model, basis)
 
     with ProgressDisplay(console, bar=False if resolved.get("disable_tqdm") else None) as progress:
         trainer = _trainer(model, args, data, tokenizer, options, [progress, *callbacks])
-        before = figures_of(trainer.evaluate()) if data.evaluation is not None else {}
+        for line in filter(None, (trainer.packing.line, trainer.reuse.line)):
+            console.print(line, markup=False, soft_wrap=True)
+        before, examples = _start(basis, trainer, resolved, console)
         _check_metric(args.metric_for_best_model, before)
-        examples = _generate(model, tokenizer, data, "before")
         trainer.train(resume_from_checkpoint=options.output.resume or None)
         history = list(trainer.state.log_history)
         progress.moment = "after training"
         after = _after(trainer) if data.evaluation is not None else {}
-    for example, finished in zip(examples, _generate(model, tokenizer, data, "after"), strict=True):
-        example |= finished
+    written = _generate(model, tokenizer, data, "after")
+    examples = [example | finished for example, finished in zip(examples, written, strict=True)]
 
     trained, total = model.get_nb_trainable_parameters()
     result = RunResult(
@@ -141,18 +161,18 @@ def train(
     # Where nothing is held out there is no prompt to see it by; a model with a template is then asked in it.
     template = any(prompt.messages is not None for prompt in data.prompts) or not data.prompts
     prompting = {} if data.labels else {"separator": data.separator, "template": template}
-    held: list[Any] = [model, trainer, base]
-    del model, trainer, base
+    held: list[Any] = [model, trainer]
+    del model, trainer
 
     def fill(partial: Path) -> RunResult:
         adapted: PeftModel = held[0]
         adapted.save_pretrained(partial)
+        if basis.quantization is not None:
+            run_folder.write_quantization(partial, basis.quantization)
         tokenizer.save_pretrained(partial)
-        # The check loads the base model once more: the trained one gives way first.
         del adapted
-        held.clear()
-        gc.collect()
-        _check_reloaded(partial, options, tokenizer, data, probes, expected)
+        held.clear()  # what was trained gives way first
+        _check_reloaded(basis.reloaded(partial), options, probes, expected)
         size = sum(path.stat().st_size for path in partial.glob("adapter_model*"))
         return dataclasses.replace(result, adapter_bytes=size)
 
@@ -165,14 +185,12 @@ def train(
     return result
 
 
-def _batches(data: TaskData, size: int, count: int, seed: int) -> list[dict[str, Tensor]]:
-    """The first training batches of a random order, the same in every process and in a resumed run."""
-    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))[: size * count]
-    return [data.collate([data.train[int(i)] for i in rows]) for rows in order.split(size)]
+def method_of(options: RunOptions) -> PeftConfig:
+    """The method's configuration, for the run's task.
 
-
-def _method(options: RunOptions) -> PeftConfig:
-    """The method's configuration, for the run's task."""
+    Raises:
+        ConfigError: There is no such method, or it is for another task.
+    """
     config = parse_method(options.method)
     wanted = TASK_TYPES[options.task]
     if config.task_type not in (None, wanted):
@@ -182,18 +200,6 @@ def _method(options: RunOptions) -> PeftConfig:
         )
     config.task_type = wanted
     return config
-
-
-def _check_lengths(data: TaskData, config: Any, options: RunOptions) -> None:
-    """Refuses sequences for which the model has no positions: it would fail in the middle of the run."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    parts = [part for part in (data.train, data.evaluation) if part is not None]
-    longest = max((len(ids) for part in parts for ids in part["input_ids"]), default=0)
-    if limit is not None and longest > limit:
-        raise ConfigError(
-            f"data.max_length is {options.data.max_length} and the longest example has {longest} tokens, but "
-            f"{options.model.name!r} has positions for {limit}. Set data.max_length to {limit} or less."
-        )
 
 
 def _check_metric(name: str | None, figures: Mapping[str, float]) -> None:
@@ -231,14 +237,46 @@ def _trainer(
     return trainer
 
 
-def _show(console: Console, model: PeftModel, data: TaskData, tokenizer: PreTrainedTokenizerBase) -> None:
-    """What there is to be looked at before the first step."""
+def _show(console: Console, model: PeftModel, basis: Basis) -> None:
+    """What there is to be looked at before the first step; the example once for all runs."""
     trained, total = model.get_nb_trainable_parameters()
     console.print(
         f"Trained: {units.count(trained)} of {units.count(total)} parameters ({units.share(trained, total)})."
     )
-    console.print("The first example, what is learnt marked:")
-    console.print(preview(data.train[0], tokenizer, data.labels or None), soft_wrap=True)
+    if not basis.shown:
+        console.print("The first example, what is learnt marked:")
+        console.print(preview(basis.data.train[0], basis.tokenizer, basis.data.labels or None), soft_wrap=True)
+        basis.shown = True
+
+
+def _start(
+    basis: Basis, trainer: Trainer, resolved: Mapping[str, Any], console: Console
+) -> tuple[dict[str, float], list[dict[str, str]]]:
+    """Held-out figures of the model before training, and what it writes.
+
+    Most adapters change nothing at the start: where several runs share the base, what one had holds for the next.
+    """
+    model: Any = trainer.model
+
+    def found() -> tuple[dict[str, float], list[dict[str, str]]]:
+        figures = figures_of(trainer.evaluate()) if basis.data.evaluation is not None else {}
+        return figures, _generate(model, basis.tokenizer, basis.data, "before")
+
+    if basis.original is None:
+        return found()
+    # Both use no gradients; the generators are kept, so that it does not matter whether they were needed.
+    with samplers.generators_kept():
+        settings = {name: value for name, value in resolved.items() if name in MEASURING}
+        key = hashlib.blake2b(repr(sorted(settings.items())).encode())
+        mode = model.training
+        for probe in _probes(basis.data):
+            key.update(logits_of(model.eval(), probe).numpy().tobytes())
+        model.train(mode)
+        if key.hexdigest() not in basis.starts:
+            basis.starts[key.hexdigest()] = found()
+        elif figures := basis.starts[key.hexdigest()][0]:
+            console.print(f"held out, before training: {describe(figures)}, as above", highlight=False)
+        return basis.starts[key.hexdigest()]
 
 
 def _generate(model: PeftModel, tokenizer: PreTrainedTokenizerBase, data: TaskData, when: str) -> list[dict[str, str]]:
@@ -268,19 +306,13 @@ def _probes(data: TaskData) -> list[dict[str, Tensor]]:
 
 
 def _check_reloaded(
-    folder: Path,
-    options: RunOptions,
-    tokenizer: PreTrainedTokenizerBase,
-    data: TaskData,
-    probes: Sequence[dict[str, Tensor]],
-    expected: Sequence[Tensor],
+    model: PeftModel, options: RunOptions, probes: Sequence[dict[str, Tensor]], expected: Sequence[Tensor]
 ) -> None:
-    """Compares the saved adapter, on a fresh base model, with the trained one.
+    """Compares a saved adapter, loaded again, with the trained one.
 
     Raises:
         VeneerError: It gives other answers.
     """
-    model = load_adapted(folder, options, tokenizer, data.labels)
     allowed = _TOLERANCE.get(getattr(model, "dtype", torch.float32), 3e-2)
     for probe, before in zip(probes, expected, strict=True):
         after = logits_of(model, probe)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 
 from veneer.data import Collator, TaskData, encode_prompts, encode_texts, load_evaluation, load_task, read_table
@@ -15,6 +15,7 @@ from veneer.errors import ConfigError, DataError
 from veneer.evaluation import metrics
 from veneer.model import PeftModel
 from veneer.options import DataOptions, RunOptions
+from veneer.quantization import quantize
 from veneer.training import arguments, samplers
 from veneer.training import folder as run_folder
 from veneer.training.models import load_model, load_tokenizer
@@ -25,7 +26,7 @@ from veneer.training.trainer import Trainer
 _CLASSES = 20
 _BATCH = 32
 # The training settings that decide how a model is run, whether or not it is trained.
-_MEASURING = (
+MEASURING = (
     "per_device_eval_batch_size", "dataloader_num_workers", "dataloader_pin_memory", "bf16", "fp16", "bf16_full_eval",
     "fp16_full_eval", "tf32", "use_cpu",
 )  # fmt: skip
@@ -52,7 +53,8 @@ def load_trained(
     labels = run_folder.read_result(folder).labels
     if device_map is not None:
         options.model.device_map = device_map
-    tokenizer = load_tokenizer(replace(options.model, name=str(Path(folder).expanduser()), revision=None))
+    own = replace(options.model, name=str(Path(folder).expanduser()), revision=None, gguf_file=None)
+    tokenizer = load_tokenizer(own)
     return load_adapted(Path(folder).expanduser(), options, tokenizer, labels), tokenizer, options, labels
 
 
@@ -61,6 +63,13 @@ def load_adapted(
 ) -> PeftModel:
     """A fresh copy of the base model with a saved adapter on it."""
     base, _ = load_model(options.model, options.task, tokenizer, labels)
+    if options.model.quantize == "int8":
+        quantize(base, options.model.quantize, plan=run_folder.read_quantization(adapter))
+    return with_adapter(base, adapter, options)
+
+
+def with_adapter(base: nn.Module, adapter: Path, options: RunOptions) -> PeftModel:
+    """A base model with a saved adapter on it, where it is to be used."""
     model = PeftModel.from_pretrained(base, adapter)
     if options.model.device_map is None and torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
@@ -229,7 +238,7 @@ def generate(
 def logits_of(model: PeftModel, batch: dict[str, Tensor]) -> Tensor:
     """The logits of a batch, in float32 on the CPU."""
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
-    with torch.inference_mode():
+    with torch.no_grad():  # what an adapter keeps of it may be needed in training
         output = model(**inputs)
     return metrics.first(output["logits"] if isinstance(output, dict) else output).float().cpu()
 
@@ -255,7 +264,7 @@ def _measure(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, task: TaskData, options: RunOptions
 ) -> dict[str, float]:
     """Figures of a model on the held-out examples of a task, got as in training."""
-    settings = {name: options.training[name] for name in _MEASURING if name in options.training}
+    settings = {name: options.training[name] for name in MEASURING if name in options.training}
     args = arguments.build({**settings, "report_to": "none", "save_strategy": "no"}, options.output.folder)
     trainer = Trainer(
         model, args, data_collator=task.collate, processing_class=tokenizer, **metrics.functions(options.task)

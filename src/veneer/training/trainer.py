@@ -7,6 +7,7 @@ come to anything stop with a reason.
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Sized
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -14,12 +15,14 @@ from typing import Any
 
 import torch
 import transformers
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import TrainerState
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import seed_worker
 from transformers.utils import logging
 from transformers.utils.generic import can_return_loss, find_labels
 
@@ -30,7 +33,11 @@ from veneer.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from veneer.optimizers.riemannian import with_preconditioner
 from veneer.training import checkpoints, guards, samplers, schedules
 from veneer.training.clock import Clock
+from veneer.training.compiled import compile_blocks
 from veneer.training.labelled import LabelledLoss
+from veneer.training.offload import Offload
+from veneer.training.packed_run import PackedRun
+from veneer.training.reuse import Reuse
 
 STATE = "trainer_state.json"
 
@@ -59,7 +66,14 @@ class Trainer(transformers.Trainer):
             model._hf_peft_config_loaded = True  # type: ignore[assignment]
         super().__init__(model, args, *rest, **named)
         self._inspect(_base(self.model))
+        self._reuse: Reuse | None = None
+        self._packing: PackedRun | None = None
         self._labelled_loss: Callable[[], AbstractContextManager[None]] | None = None
+        self._offload: Callable[[], AbstractContextManager[None]] = nullcontext
+        if getattr(self.args, "offload_activations", False):
+            self._offload = Offload(_base(self.model))
+        if getattr(self.args, "compile_blocks", False):
+            compile_blocks(_base(self.model))
         self.add_callback(guards.GradientGuard())
         self.add_callback(Clock())
         self.add_callback(samplers.EpochOrder())
@@ -152,7 +166,31 @@ class Trainer(transformers.Trainer):
                     f"{resume_from_checkpoint} cannot be resumed from: {problem}. Name another checkpoint, or pass "
                     "resume_from_checkpoint=True for the newest complete one."
                 )
-        return super().train(resume_from_checkpoint, *rest, **named)
+        finished = False
+        try:
+            output = super().train(resume_from_checkpoint, *rest, **named)
+            finished = True
+        finally:
+            if self._reuse is not None:
+                self._reuse.close(finished=finished)
+                self._reuse = None
+        return output
+
+    @property
+    def reuse(self) -> Reuse:
+        """What is computed once for all epochs of a run, from the first step to the last."""
+        if self._reuse is None or self._reuse.model is not self.model:
+            self._reuse = Reuse(self)
+            logger.info(self._reuse.line)
+        return self._reuse
+
+    @property
+    def packing(self) -> PackedRun:
+        """How batches are computed without their padding; entered for each step of training and evaluation."""
+        if self._packing is None or self._packing.model is not self.model:
+            self._packing = PackedRun(self)
+            logger.info(self._packing.line)
+        return self._packing
 
     def _init_training_state(
         self, max_steps: int, steps_per_epoch: int, epochs: int, checkpoint: str | None, trial: Any
@@ -175,10 +213,22 @@ class Trainer(transformers.Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One forward and backward pass, between checks of the labels and of the loss."""
         guards.check_labels(inputs, self.label_names, self.state.global_step, self._loss_shifts_labels)
-        with self._loss_at_labels():
+        with self._offload(), self.reuse.training(), self.packing(), self._loss_at_labels():
             loss = super().training_step(model, inputs, num_items_in_batch)
         guards.check_loss(loss, self.state.global_step, self._get_learning_rate())
         return loss
+
+    def prediction_step(self, *args: Any, **named: Any) -> Any:
+        """As in transformers."""
+        with self._reuse.evaluating() if self._reuse is not None else nullcontext(), self.packing():
+            return super().prediction_step(*args, **named)
+
+    def loss_as_in_training(self, inputs: dict[str, Any]) -> Tensor:
+        """The loss of a batch, computed in the way of a training step."""
+        with self.packing(), self._loss_at_labels(), self.compute_loss_context_manager():
+            model: Any = self.model
+            loss: Tensor = self.compute_loss(model, dict(inputs))
+            return loss
 
     def _loss_at_labels(self) -> AbstractContextManager[None]:
         """Lets causal language models compute logits where labels are, if nothing else looks at the logits."""
@@ -237,6 +287,57 @@ class Trainer(transformers.Trainer):
         if self.args.train_sampling_strategy != "group_by_length" or not isinstance(eval_dataset, Sized):
             return super()._get_eval_sampler(eval_dataset)
         return samplers.LongestFirst(self._lengths(eval_dataset))
+
+    def token_batches(self) -> samplers.TokenBatches | None:
+        """Training batches by `tokens_per_batch`; none where they are of a number of examples.
+
+        Raises:
+            ConfigError: An example alone is longer.
+            UnsupportedError: Several processes share the batches, or the data set has no length.
+        """
+        args: Any = self.args
+        if (budget := getattr(args, "tokens_per_batch", None)) is None:
+            return None
+        if args.world_size > 1 or args.n_gpu > 1:
+            raise UnsupportedError(
+                "training.tokens_per_batch: batches of unequal numbers of examples cannot be shared by several "
+                "processes. Set training.per_device_train_batch_size instead, or run one process."
+            )
+        if not isinstance(self.train_dataset, Sized):
+            raise UnsupportedError(
+                "training.tokens_per_batch needs a training set of known length, and this one is a stream. Set "
+                "training.per_device_train_batch_size instead."
+            )
+        lengths = self._lengths(self.train_dataset)
+        epochs = args.num_train_epochs
+        if args.max_steps > 0:  # no epoch has fewer batches than that
+            fewest = max(1, sum(lengths) // budget)
+            epochs = args.max_steps * args.gradient_accumulation_steps / fewest
+        seed = args.data_seed if args.data_seed is not None else args.seed
+        alike = args.train_sampling_strategy == "group_by_length"
+        return samplers.TokenBatches(lengths, budget, seed, math.ceil(epochs), alike=alike)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As in transformers; with `tokens_per_batch`, batches of as many examples as hold so many tokens."""
+        batches = self.token_batches()
+        if batches is None:
+            return super().get_train_dataloader()
+        args, dataset, collate = self.args, self.train_dataset, self.data_collator
+        if isinstance(dataset, Dataset):
+            dataset = self._remove_unused_columns(dataset, description="training")
+        else:
+            collate = self._get_collator_with_removed_columns(collate, description="training")
+        loader: DataLoader[Any] = DataLoader(
+            dataset,  # type: ignore[arg-type]
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=functools.partial(seed_worker, num_workers=args.dataloader_num_workers, rank=0),
+        )
+        return self.accelerator.prepare(loader)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
         """Batches in the order of the data set: what `predict` returns belongs to its rows."""
