@@ -24,9 +24,9 @@ ARMS = {"float32": None, "int8": "int8"}
 
 
 def run(quick: bool) -> Iterator[Row]:
-    from veneer.stores.int8_kernels import compile_steps
+    from veneer.stores.int8_kernels import compile_steps, weight_bits
 
-    compile_steps()
+    compile_steps(weight_bits())
     for tokens, inputs, outputs in SHAPES[:1] if quick else SHAPES:
         times = in_turns(layer(tokens, inputs, outputs), 2 if quick else 9, warm_up=2)
         what = f"{tokens} tokens, {inputs} to {outputs}, forward and gradient"
@@ -34,10 +34,11 @@ def run(quick: bool) -> Iterator[Row]:
         yield Row(what, "the layer in float32", times.ratio("float32", "int8"), seconds=seconds)
         limit = min(("float32 alone", "integers alone"), key=lambda name: sum(times[name]))
         yield Row(what, f"the products, {limit}", times.ratio(limit, "int8"), "of the limit")
-    steps = in_turns({arm: step_of(arm, 1 if quick else ROWS) for arm in ARMS}, 1 if quick else 5)
-    memory = {arm: apart("int8", "peak", arm=arm, rows=1 if quick else ROWS).memory for arm in ARMS}
+    rows = 1 if quick else ROWS
+    steps = in_turns({arm: step_of(arm, rows) for arm in ARMS}, 1 if quick else 5)
+    memory = {arm: apart("int8", "peak", arm=arm, rows=rows).memory for arm in ARMS}
     yield Row(
-        f"SmolLM2, LoRA on all linears, one step of {ROWS} x {LENGTH} tokens",
+        f"SmolLM2, LoRA on all linears, one step of {rows} x {LENGTH} tokens",
         "the same in float32",
         steps.ratio("float32", "int8"),
         seconds=steps.seconds(int8="int8", float32="float32"),
@@ -51,10 +52,11 @@ def layer(tokens: int, inputs: int, outputs: int) -> dict[str, Callable[[], Any]
     import torch
 
     from veneer.stores.int8 import Int8Linear
+    from veneer.stores.int8_kernels import weight_bits
 
     torch.manual_seed(0)
     linear = torch.nn.Linear(inputs, outputs).requires_grad_(False)
-    quantised = Int8Linear.from_linear(linear)
+    quantised = Int8Linear.from_linear(linear, bits=weight_bits())
     x, g = torch.randn(tokens, inputs, requires_grad=True), torch.randn(tokens, outputs)
     rows, back = (torch.randint(-127, 128, (tokens, size), dtype=torch.int8) for size in (inputs, outputs))
 

@@ -183,3 +183,22 @@ def test_a_model_of_the_memory_benchmark_is_held_in_its_form(form: str, bits: in
     embedding = sizes["vocab_size"] * sizes["hidden_size"]
     weights = memory.held(memory.build(sizes, "float32")) / 4 - embedding
     assert held == pytest.approx(4 * embedding + bits / 8 * weights, rel=0.1)
+
+
+def test_the_arms_of_many_configurations_are_added_up() -> None:
+    from benchmarks import many
+
+    assert len({str(one) for one in many.CONFIGURATIONS}) == 8
+    parts = [(2.0, harness.Apart([0.5], 100)), (3.0, harness.Apart([0.75], 200))]
+    whole = many._added(parts)
+    assert (whole.seconds, whole.memory, whole.score) == (5.0, 300, "0.625 (mean of 2)")
+
+
+@pytest.mark.real
+@pytest.mark.filterwarnings("ignore")  # of the peer
+@pytest.mark.parametrize("arm", ["together", "alone", "loop"])
+def test_an_arm_of_many_configurations_runs(arm: str) -> None:
+    from benchmarks import many
+
+    (accuracy,) = getattr(many, arm)(configurations=many.CONFIGURATIONS[:1], limit=16, held=16)
+    assert 0 <= accuracy <= 1

@@ -94,14 +94,16 @@ def test_heads_tied_weights_and_layers_that_are_read_without_a_call_stay() -> No
     }  # fmt: skip
 
 
-def test_the_plan_gives_another_copy_the_same_form() -> None:
+@pytest.mark.parametrize("bits", [7, 8])
+def test_the_plan_gives_another_copy_the_same_form(bits: int) -> None:
     first, second = tiny.bert(), tiny.bert()
     batch = {"input_ids": tiny.tokens(), "attention_mask": torch.ones_like(tiny.tokens())}
-    found = quantize(first, batches=[batch])
+    found = quantize(first, batches=[batch], bits=bits)
     plan = Quantization.from_dict(json.loads(json.dumps(found.to_dict())))
     assert plan == found
     again = quantize(second, plan=plan)
     assert again.layers == found.layers
+    assert {each.bits for each in second.modules() if isinstance(each, Int8Linear)} == {again.bits} == {bits}
     assert again.bytes_after == found.bytes_after < found.bytes_before
     with torch.no_grad():
         assert torch.equal(second(**batch).logits, first(**batch).logits)
@@ -111,9 +113,9 @@ def test_the_plan_gives_another_copy_the_same_form() -> None:
 
 def test_what_it_came_to_is_said() -> None:
     forms = {"a": LayerForm(error=0.01), "b": LayerForm(columns=(3,), error=0.03), "c": LayerForm(exact="a head")}
-    lines = Quantization("int8", forms, 4_000_000, 1_000_000, "by hand").lines()
+    lines = Quantization("int8", forms, 7, 4_000_000, 1_000_000, "by hand").lines()
     assert lines == [
-        "int8: 2 of 3 linear layers, 1 with exact columns; 4 MB before, 1 MB now. "
+        "int8: 2 of 3 linear layers, weights of 7 bits, 1 with exact columns; 4 MB before, 1 MB now. "
         "Largest error of a layer's output: 3.0% (b).",
         "Kept exact, a head: c.",
         "int8: by hand.",
@@ -126,6 +128,10 @@ def test_what_cannot_be_is_refused_before_anything_changes() -> None:
         quantize(model, exact=["qeury"])
     with pytest.raises(ConfigError, match=r"kind is 'int3'\. Expected 'int8'"):
         quantize(model, "int3")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"bits is 4\. Expected 7, 8, or None"):
+        quantize(model, bits=4)
+    with pytest.raises(ConfigError, match=r"bits is 7, and the plan has 8"):
+        quantize(model, bits=7, plan=Quantization("int8"))
     with pytest.raises(ConfigError, match=r"batches: there is none"):
         quantize(model, batches=[])
     assert type(model.query) is nn.Linear

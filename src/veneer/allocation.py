@@ -19,7 +19,7 @@ _OF_USERS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD
 def keep_freed_memory() -> bool:
     """Tells glibc to keep freed blocks of up to 1 GiB (32 MiB with old versions) rather than give them back.
 
-    The command line does so when it starts. In a program of your own, call it before the model is loaded: blocks that
+    `veneer train` does so unless memory is said to be short. In a program of your own, call it before the model is loaded: blocks that
     are there already stay as they are. The process's peak hardly changes; between peaks it shows what it once needed.
 
     Returns:

@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 it cannot be done (the message says why and what to do); 2
 """
 
 import json
+import logging
 import os
 import shlex
 import sys
@@ -18,6 +19,7 @@ from veneer.allocation import keep_freed_memory
 from veneer.commands.arguments import many_options, parse, run_options
 from veneer.commands.usage import UsageError
 from veneer.errors import VeneerError, VeneerWarning
+from veneer.options import RunOptions
 
 # Defaults for the libraries below: an answer on the terminal is what the user asked for, not their remarks about it.
 # They are read when those libraries are imported, and a value that the user has set stays as it is.
@@ -28,6 +30,9 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+# Loggers that talk while transformers imports torchao, which it does wherever it is installed.
+_TALKING_ON_IMPORT = ("torchao", "torch.utils._pytree")
+
 # Texts of a file that are answered together: enough to sort them by length, few enough to see answers soon.
 _GROUP = 256
 
@@ -36,9 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = _take_debug(given)
-    keep_freed_memory()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    for name in () if debug else _TALKING_ON_IMPORT:
+        logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         _show_warnings(debug)
         try:
@@ -64,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(chosen: Namespace) -> None:
     options = run_options(chosen)
+    _choose_allocation(options)
     from veneer.evaluation.report import summary_table
     from veneer.training.run import train
 
@@ -74,6 +81,7 @@ def _train(chosen: Namespace) -> None:
 
 def _compare(chosen: Namespace) -> int:
     options, methods = many_options(chosen)
+    _choose_allocation(options)
     from veneer.evaluation.report import summary_table
     from veneer.training.many import train_many
 
@@ -84,6 +92,14 @@ def _compare(chosen: Namespace) -> int:
     for name, reason in done.failures.items():
         print(f"veneer: error: {name}: {reason}", file=sys.stderr)
     return 1 if done.failures else 0
+
+
+def _choose_allocation(options: RunOptions) -> None:
+    """Keeps freed memory, unless a setting says that memory matters more than time: kept memory has gaps."""
+    training = options.training
+    checkpoints = training.get("gradient_checkpointing") or training.get("activation_checkpointing")
+    if options.model.quantize is None and not checkpoints:
+        keep_freed_memory()
 
 
 def _estimate(chosen: Namespace) -> None:
@@ -191,6 +207,7 @@ def _inspect(chosen: Namespace) -> None:
 def _demo(chosen: Namespace) -> None:
     from veneer.evaluation.demo import run_demo
 
+    keep_freed_memory()
     run_demo(chosen.output, quick=chosen.quick)
 
 

@@ -119,7 +119,9 @@ def test_help_and_version_do_not_import_torch() -> None:
     assert "veneer 0." in done.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "estimate", "evaluate", "predict", "merge", "inspect", "demo", "samples"])
+@pytest.mark.parametrize(
+    "command", ["train", "compare", "estimate", "evaluate", "predict", "merge", "inspect", "demo", "samples"]
+)
 def test_every_command_explains_itself_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     shown = capsys.readouterr().out
@@ -189,7 +191,7 @@ NEEDED = ["--task", "classification", "--model", "m", "--data", "d", "--output",
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "No command was given. The commands are train, evaluate"),
+        ([], "No command was given. The commands are train, compare, estimate"),
         (["trian"], "There is no command 'trian'. Did you mean 'train'?"),
         (["--hlep"], "Unknown argument --hlep. Did you mean '--help'"),
         (["train"], "Not given, but needed: --task, --model.name, --data.train, --output.folder."),

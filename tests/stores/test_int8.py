@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,7 +25,7 @@ STORE = Int8Store()
 @pytest.fixture(params=["integers", "floats"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to multiply the integers, whatever this processor does faster."""
-    monkeypatch.setattr(int8_kernels, "_takes_integers", lambda q, matrix: request.param == "integers")
+    monkeypatch.setattr(int8_kernels, "_way", lambda *args: request.param)
     return str(request.param)
 
 
@@ -85,7 +85,7 @@ def test_both_ways_of_multiplying_agree_in_every_type(dtype: torch.dtype, monkey
     assert y.dtype == dtype
     y.sum().backward()
     assert x.grad.dtype == dtype
-    monkeypatch.setattr(int8_kernels, "_takes_integers", lambda q, matrix: True)
+    monkeypatch.setattr(int8_kernels, "_way", lambda *args: "integers")
     torch.testing.assert_close(of(x), y)
 
 
@@ -307,26 +307,27 @@ def test_a_row_that_is_not_finite_stays_so_and_others_are_not_touched() -> None:
 
 
 @pytest.fixture
-def steps() -> Iterator[None]:
-    kept = int8_kernels._STEPS, list(int8_kernels._UNITS)
-    yield
-    int8_kernels._STEPS = kept[0]
-    int8_kernels._UNITS[:] = kept[1]
+def steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8_kernels, "_STEPS", (int8_kernels._quantise, int8_kernels._rescale))
+    monkeypatch.setattr(int8_kernels, "_FASTEST", {})
+    monkeypatch.setattr(int8_kernels, "_BEST", {})
+    monkeypatch.setattr(int8_kernels, "_EXACT", [])
 
 
 @pytest.mark.usefixtures("steps")
-def test_without_int8_units_nothing_is_compiled_and_it_is_said() -> None:
-    int8_kernels._UNITS[:] = [False]
+def test_without_a_fast_way_nothing_is_compiled_and_it_is_said() -> None:
+    int8_kernels._BEST.update({8: "floats", 7: "floats"})
     eager = int8_kernels._STEPS
-    assert "multiplies int8 no faster than float32" in int8_kernels.compile_steps()
+    assert "of 8 bits no faster than float32" in int8_kernels.compile_steps(8)
     assert int8_kernels._STEPS is eager
-    assert not int8_kernels._takes_integers(torch.ones(20, 40, dtype=torch.int8), torch.ones(40, 24, dtype=torch.int8))
+    assert int8_kernels.weight_bits() == 8
+    q, matrix = torch.ones(20, 40, dtype=torch.int8), torch.ones(40, 24, dtype=torch.int8)
+    assert int8_kernels._way(q, matrix, torch.float32, 8) == "floats"
 
 
 @pytest.mark.usefixtures("steps")
 def test_without_a_compiler_the_steps_are_not_compiled_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    int8_kernels._UNITS[:] = [True]
-    int8_kernels._STEPS = (int8_kernels._quantise, int8_kernels._rescale)
+    int8_kernels._BEST[8] = "integers"
 
     def compiler(function: object, **how: object) -> Callable[..., None]:
         def run(*args: object) -> None:
@@ -335,38 +336,125 @@ def test_without_a_compiler_the_steps_are_not_compiled_and_it_is_said(monkeypatc
         return run
 
     monkeypatch.setattr(torch, "compile", compiler)
-    said = int8_kernels.compile_steps()
-    assert said.endswith("quantising and rescaling not compiled (no working C++ compiler)")
+    said = int8_kernels.compile_steps(8)
+    assert said.endswith("the steps around them are not compiled (no working C++ compiler)")
     assert int8_kernels._STEPS[0] is int8_kernels._quantise
 
 
 @pytest.mark.usefixtures("steps")
 @pytest.mark.parametrize("faster", [True, False])
-def test_compiled_steps_are_used_where_they_are_faster(monkeypatch: pytest.MonkeyPatch, faster: bool) -> None:
-    int8_kernels._UNITS[:] = [True]
-    int8_kernels._STEPS = (int8_kernels._quantise, int8_kernels._rescale)
+def test_each_compiled_step_is_used_where_it_is_faster(monkeypatch: pytest.MonkeyPatch, faster: bool) -> None:
+    int8_kernels._BEST[8] = "integers"
     compiled = (lambda *args: int8_kernels._quantise(*args), lambda *args: int8_kernels._rescale(*args))
     given = iter(compiled)
     monkeypatch.setattr(torch, "compile", lambda function, **how: next(given))
-    times = iter([1.0, 2.0] if faster else [2.0, 1.0])  # compiled first
+    times = iter([1.0, 2.0, 2.0, 1.0] if faster else [2.0, 1.0, 2.0, 1.0])  # compiled first, quantising first
 
-    def seconds(run: Callable[[], object]) -> float:
+    def seconds(run: Callable[[], object], times_: int = 3) -> float:
         run()
         return next(times)
 
     monkeypatch.setattr(int8_kernels, "seconds", seconds)
-    said = int8_kernels.compile_steps()
-    assert said.endswith("compiled" if faster else "no faster, so not used")
-    assert (compiled == int8_kernels._STEPS) is faster
+    said = int8_kernels.compile_steps(8)
+    assert said.endswith("; quantising compiled" if faster else "no faster, so not used")
+    assert int8_kernels._STEPS == (compiled[0] if faster else int8_kernels._quantise, int8_kernels._rescale)
+    if faster:
+        assert int8_kernels.compile_steps(8) == said
 
 
 @pytest.mark.usefixtures("steps")
 def test_each_shape_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    int8_kernels._UNITS[:] = [True]
-    monkeypatch.setattr(int8_kernels, "_BY_INTEGERS", {})
+    int8_kernels._BEST[8] = "integers"
     asked: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(int8_kernels, "_integers_are_faster", lambda *key: bool(asked.append(key)) or key[3])
+    monkeypatch.setattr(int8_kernels, "_fastest", lambda *key: asked.append(key) or "floats")  # type: ignore[func-returns-value]
     of = layer()
-    for rows in (5, 5, 100, 90):
+    for rows in (5, 5, 100, 90, 300):
         of(torch.randn(rows, 40, dtype=torch.float64))
-    assert asked == [(40, 24, False, True), (40, 24, False, False)]
+    assert asked == [(40, 24, False, rows, 8) for rows in (1, 64, 256)]
+
+
+# oneDNN, and weights of 7 bits
+
+
+def onednn_with(bits: int) -> None:
+    if int8_kernels.exact_bits() < bits:
+        pytest.skip(f"oneDNN has no exact products of weights of {bits} bits on this processor")
+
+
+@pytest.mark.parametrize("bits", int8_kernels.BITS)
+@pytest.mark.parametrize("rows", [1, 5, 300])
+def test_the_largest_numbers_are_multiplied_exactly_in_the_way_that_is_used(bits: int, rows: int) -> None:
+    torch.manual_seed(0)
+    q = 127 * (2 * torch.randint(0, 2, (rows, 576)) - 1)
+    q[0] = 127
+    weight = (2 ** (bits - 1) - 1) * (2 * torch.randint(0, 2, (96, 576)) - 1)
+    weight[0] = weight.abs().amax()
+    exact = (q @ weight.t()).float()
+    one = torch.ones(rows, 1)
+    found = int8_kernels.product(q.to(torch.int8), one, weight.to(torch.int8).t(), bits, torch.float32)
+    assert torch.equal(found, exact)
+
+
+def test_onednn_multiplies_exactly_both_ways_round() -> None:
+    onednn_with(7)
+    q, matrix = torch.randint(-127, 128, (6, 33), dtype=torch.int8), torch.randint(-63, 64, (50, 33), dtype=torch.int8)
+    channel = torch.rand(50)
+    exact = q.long() @ matrix.long().t()
+    assert torch.equal(int8_kernels._by_onednn(q, matrix.t(), None).long(), exact)
+    assert torch.equal(int8_kernels._by_onednn(q, matrix.t().contiguous(), None).long(), exact)
+    torch.testing.assert_close(int8_kernels._by_onednn(q, matrix.t(), channel), exact * channel)
+
+
+@pytest.mark.parametrize("outliers", [0, 3])
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_onednn_gives_output_and_gradient_of_the_other_ways(monkeypatch: pytest.MonkeyPatch, outliers: int) -> None:
+    onednn_with(7)
+    linear = nn.Linear(40, 24)
+    of = Int8Linear.from_linear(linear, torch.randperm(40)[:outliers], bits=7)
+    assert of.weight.abs().amax() == 63
+    x, g = torch.randn(2, 5, 40, requires_grad=True), torch.randn(2, 5, 24)
+
+    def both(run: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        y = run(x * 1)
+        return y.detach(), torch.autograd.grad(y, x, g)[0]
+
+    monkeypatch.setattr(int8_kernels, "_way", lambda *args: "floats")
+    expected = both(of)
+    monkeypatch.setattr(int8_kernels, "_way", lambda *args: "onednn")
+    torch.testing.assert_close(both(of), expected)
+    compiled: Any = torch.compile(of, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(both(compiled), expected)
+
+
+@pytest.mark.usefixtures("steps")
+def test_weights_get_7_bits_only_where_that_alone_is_fast() -> None:
+    chosen = {("floats", "onednn"): 7, ("floats", "floats"): 8, ("integers", "onednn"): 8, ("onednn", "onednn"): 8}
+    for (eight, seven), bits in chosen.items():
+        int8_kernels._BEST.update({8: eight, 7: seven})
+        assert int8_kernels.weight_bits() == bits
+
+
+@pytest.mark.usefixtures("steps")
+def test_onednn_is_not_asked_for_what_it_cannot_multiply_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8_kernels, "seconds", lambda run: float("onednn" not in run.__code__.co_names[-1]))
+    int8_kernels._EXACT[:] = [7]
+    assert int8_kernels.best_way(8) != "onednn"
+    assert int8_kernels.best_way(7) == "onednn"
+    q, matrix = torch.ones(20, 40, dtype=torch.int8), torch.ones(40, 24, dtype=torch.int8)
+    assert int8_kernels._way(q, matrix, torch.float64, 7) == "floats"  # its result is float32
+
+
+@pytest.mark.usefixtures("steps")
+def test_a_build_without_onednn_goes_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*args: object) -> Tensor:
+        raise AttributeError("'_OpNamespace' 'onednn' object has no attribute 'qlinear_prepack'")
+
+    monkeypatch.setattr(int8_kernels, "_by_onednn", absent)
+    assert int8_kernels.exact_bits() == 0
+    assert int8_kernels.best_way(7) != "onednn"
+
+
+def test_a_state_with_larger_integers_is_not_taken_for_7_bits() -> None:
+    of, small = layer(), Int8Linear(40, 24, bits=7, dtype=torch.float64)
+    small.load_state_dict(of.state_dict())
+    assert small.bits == 8

@@ -154,7 +154,11 @@ def test_what_has_not_finished_is_gone_on_with(
     with pytest.raises(KeyboardInterrupt):
         train_many(options, methods, console=quiet())
     monkeypatch.setattr(run_folder, "publish", publish)
-    assert states(options.output.folder) == {"lora-r=2": "finished", "lora-r=4": "not finished", "bitfit": "not finished"}
+    assert states(options.output.folder) == {
+        "lora-r=2": "finished",
+        "lora-r=4": "not finished",
+        "bitfit": "not finished",
+    }
 
     trained: list[tuple[str, bool]] = []
 
@@ -209,9 +213,7 @@ def test_a_base_is_made_what_it_was(encoder: Path) -> None:
         assert torch.equal(model(x).logits, logits)
 
 
-def test_a_base_that_was_changed_is_not_used_again(
-    classify: Options, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_base_that_was_changed_is_not_used_again(classify: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     run_on = many.run_on
 
     def spoil(basis: Any, *rest: Any, **named: Any) -> Any:

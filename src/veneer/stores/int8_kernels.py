@@ -70,8 +70,11 @@ def quantise_weight(weight: Tensor, factor: Tensor | None, bits: int) -> tuple[T
 
 def rescale(sums: Tensor, scale: Tensor, channel: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """diag(scale) sums diag(channel) + bias; floating-point `sums` (n, m) are changed."""
-    if channel is None and bias is None and sums.is_floating_point():
-        return sums.mul_(scale).to(dtype)  # one pass as it is
+    if channel is None and sums.dtype == scale.dtype:  # one pass as it is
+        if bias is None or bias.dtype != sums.dtype:
+            sums = sums.mul_(scale)
+            return (sums if bias is None else sums.add_(bias)).to(dtype)
+        return torch.addcmul(bias, sums, scale, out=sums).to(dtype)
     return _STEPS[1](sums, scale, channel, bias, dtype)
 
 
@@ -278,25 +281,30 @@ def compile_steps(bits: int) -> str:
             "in float32: the weights are small, a step is not faster"
         )
     products = f"products {_SAID[way].format(bits=bits)}"
-    if _STEPS[0] is not _quantise:
-        return f"{products}, quantising and rescaling compiled"
+    names = ("quantising", "rescaling")
+    if known := [
+        name for name, now, eager in zip(names, _STEPS, (_quantise, _rescale), strict=True) if now is not eager
+    ]:
+        return f"{products}; {' and '.join(known)} compiled"
     x, channel = torch.randn(512, 1024), torch.rand(1024)
-    sums = torch.randint(-1000, 1000, (512, 1024), dtype=torch.int32)
-
-    def both(steps: tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]) -> Callable[[], Tensor]:
-        return lambda: steps[1](sums, steps[0](x, None)[1], channel, None, torch.float32)
-
+    rest = (_quantise(x, None)[1], channel, None, torch.float32)
+    sums = torch.ones(512, 1024, dtype=torch.int32)
     # Each is one loop: processes that compile side by side would cost memory and gain nothing.
     options = {"compile_threads": 1}
-    compiled = tuple(torch.compile(step, dynamic=True, options=options) for step in (_quantise, _rescale))
+    quantising, rescaling = (torch.compile(step, dynamic=True, options=options) for step in (_quantise, _rescale))
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the compiler, about what it could do besides
-            faster = seconds(both(compiled)) < seconds(both(_STEPS))
+            faster = {}
+            if seconds(lambda: quantising(x, None), 9) < seconds(lambda: _quantise(x, None), 9):
+                faster["quantising"] = quantising
+            if way == "integers":  # otherwise it is one pass without a compiler
+                if seconds(lambda: rescaling(sums, *rest), 9) < seconds(lambda: _rescale(sums, *rest), 9):
+                    faster["rescaling"] = rescaling
     except Exception as error:  # a compiler fails in as many ways as it has parts, and nothing depends on it
         cause = str(error).strip().partition("\n")[0][:100]
-        return f"{products}; quantising and rescaling not compiled ({cause})"
+        return f"{products}; the steps around them are not compiled ({cause})"
     if not faster:
-        return f"{products}; compiled quantising and rescaling are no faster, so not used"
-    _STEPS = compiled
-    return f"{products}, quantising and rescaling compiled"
+        return f"{products}; compiled steps around them are no faster, so not used"
+    _STEPS = (faster.get("quantising", _quantise), faster.get("rescaling", _rescale))
+    return f"{products}; {' and '.join(faster)} compiled"

@@ -155,8 +155,8 @@ def configurations(options: RunOptions, methods: Sequence[str | Mapping[str, Any
         method, training = _parts(given)
         if common := sorted(_COMMON & training.keys()):
             raise ConfigError(
-                f"methods: {given!r} sets training.{common[0]}, which is the same for all configurations. Set it in the "
-                "training section, or train the method alone."
+                f"methods: {given!r} sets training.{common[0]}, which is the same for all configurations. Set it in "
+                "the training section, or train the method alone."
             )
         own = arguments.check(training, options.output)
         run = replace(options, method=method, training={**options.training, **own})
@@ -194,9 +194,15 @@ def _name(method: Mapping[str, Any], training: Mapping[str, Any]) -> str:
     'lora-r=8-target_modules=query+value-learning_rate=0.001'
     """
     settings = {**{key: value for key, value in method.items() if key != "name"}, **training}
-    shown = [f"{key}={'+'.join(map(str, x)) if isinstance(x, (list, tuple)) else x}" for key, x in settings.items()]
+    shown = [f"{key}={_shown(value)}" for key, value in settings.items()]
     name = re.sub(r"[^\w.=+-]+", "_", "-".join([method["name"], *shown]))
     return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 7]}-{_digest(name)}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return "+".join(map(_shown, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _digest(text: str) -> str:
