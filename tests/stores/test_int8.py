@@ -357,7 +357,7 @@ def test_each_compiled_step_is_used_where_it_is_faster(monkeypatch: pytest.Monke
     monkeypatch.setattr(int8_kernels, "seconds", seconds)
     said = int8_kernels.compile_steps(8)
     assert said.endswith("; quantising compiled" if faster else "no faster, so not used")
-    assert int8_kernels._STEPS == (compiled[0] if faster else int8_kernels._quantise, int8_kernels._rescale)
+    assert (compiled[0] if faster else int8_kernels._quantise, int8_kernels._rescale) == int8_kernels._STEPS
     if faster:
         assert int8_kernels.compile_steps(8) == said
 
@@ -415,7 +415,7 @@ def test_onednn_gives_output_and_gradient_of_the_other_ways(monkeypatch: pytest.
     x, g = torch.randn(2, 5, 40, requires_grad=True), torch.randn(2, 5, 24)
 
     def both(run: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        y = run(x * 1)
+        y = run(x)
         return y.detach(), torch.autograd.grad(y, x, g)[0]
 
     monkeypatch.setattr(int8_kernels, "_way", lambda *args: "floats")

@@ -10,8 +10,8 @@ How the integers are multiplied changes nothing but the last bits. There are thr
     floats     as floating-point numbers, which hold such sums exactly up to 2^24
 
 Without int8 units oneDNN adds pairs of products in 16 bits and cuts off what is too large: 2 x 255 x 127 is, and
-2 x 255 x 63 is not. So it is tried with the largest numbers, and where it is exact for weights of 7 bits only, a model may be given
-such (`weight_bits`). What is the fastest is timed once for each shape.
+2 x 255 x 63 is not. So it is tried with the largest numbers, and where it is exact for weights of 7 bits only, a model
+may be given such (`weight_bits`). What is the fastest is timed once for each shape.
 
 Quantising and rescaling go over memory once if they are compiled (`compile_steps`), several times if they are not.
 """
@@ -21,7 +21,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ def quantise(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
         int8 (n, k), and scales (n, 1) in float32, or float64 where x is that. A row that is not finite has a scale
         that is not either.
     """
-    return _STEPS[0](x, factor)
+    return _STEPS[0](x.detach(), factor)  # a compiler looks at the graph that it is part of
 
 
 def quantise_weight(weight: Tensor, factor: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
@@ -290,17 +290,20 @@ def compile_steps(bits: int) -> str:
     rest = (_quantise(x, None)[1], channel, None, torch.float32)
     sums = torch.ones(512, 1024, dtype=torch.int32)
     # Each is one loop: processes that compile side by side would cost memory and gain nothing.
-    options = {"compile_threads": 1}
-    quantising, rescaling = (torch.compile(step, dynamic=True, options=options) for step in (_quantise, _rescale))
+    options: dict[str, Any] = {"compile_threads": 1}
+    quantising = torch.compile(_quantise, dynamic=True, options=options)
+    rescaling = torch.compile(_rescale, dynamic=True, options=options)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the compiler, about what it could do besides
-            faster = {}
+            faster: dict[str, Callable[..., Any]] = {}
             if seconds(lambda: quantising(x, None), 9) < seconds(lambda: _quantise(x, None), 9):
                 faster["quantising"] = quantising
-            if way == "integers":  # otherwise it is one pass without a compiler
-                if seconds(lambda: rescaling(sums, *rest), 9) < seconds(lambda: _rescale(sums, *rest), 9):
-                    faster["rescaling"] = rescaling
+            # Floating-point sums are rescaled in one pass without a compiler.
+            if way == "integers" and (
+                seconds(lambda: rescaling(sums, *rest), 9) < seconds(lambda: _rescale(sums, *rest), 9)
+            ):
+                faster["rescaling"] = rescaling
     except Exception as error:  # a compiler fails in as many ways as it has parts, and nothing depends on it
         cause = str(error).strip().partition("\n")[0][:100]
         return f"{products}; the steps around them are not compiled ({cause})"
