@@ -1,13 +1,15 @@
 """Chat tuning of a causal language model with LoRA: what each technique adds, and what all give together.
 
 Ragged real conversations, LoRA r=8 on all linears, eight conversations a step. Every arm does the same steps over the
-same examples. Each rung has all techniques of the rungs below it; peers are peft with transformers' `Trainer`, with
+same examples. Each rung has all techniques of the rungs before it; peers are peft with transformers' `Trainer`, with
 TRL's `SFTTrainer`, and on bitsandbytes' NF4. Two widths: SmolLM2-135M (30 layers of 576), and two layers of 2,048 with
 random weights, at which matrices have a larger share of the time.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +20,13 @@ from typing import Any
 from unittest import mock
 
 from benchmarks.harness import Job, Row, Spread, apart, in_turns
+from benchmarks.records import RAISED
+from veneer.allocation import keep_freed_memory
 
 ORDER = 80
 QUESTION = "What does each technique add to the speed of chat tuning, and what do all give together?"
 
-DATA, LENGTH, BATCH, RATE = "chitchat", 256, 8, 5e-4
+DATA, LENGTH, BATCH, RATE = "chitchat", 128, 8, 5e-4
 LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 WIDTHS = {"SmolLM2, width 576": "smollm2", "2 random layers of width 2,048": "wide"}
 TARGETS = {"packed": (2.5, 0.5), "int8": (5.0, 0.33)}
@@ -37,7 +41,6 @@ class Rung:
         arithmetic: Products of layers and adapters written by hand, layers of one input run as one.
         labelled: Loss at labelled positions only.
         grouped: Batches of neighbours in length.
-        kept: Freed memory stays with the process.
         packed: Rows without padding.
         quantize: How the base is kept; none exactly.
     """
@@ -46,17 +49,15 @@ class Rung:
     arithmetic: bool = True
     labelled: bool = True
     grouped: bool = True
-    kept: bool = True
     packed: bool = True
     quantize: str | None = None
 
 
 RUNGS = {
-    "plain": Rung("the engine alone, all under autograd", False, False, False, False, False),
-    "arithmetic": Rung("+ adapter arithmetic", True, False, False, False, False),
-    "labelled": Rung("+ loss at labels only", True, True, False, False, False),
-    "kept": Rung("+ freed memory kept", True, True, False, True, False),
-    "grouped": Rung("+ batches by length", True, True, True, True, False),
+    "plain": Rung("the engine alone, all under autograd", False, False, False, False),
+    "arithmetic": Rung("+ adapter arithmetic", True, False, False, False),
+    "labelled": Rung("+ loss at labels only", True, True, False, False),
+    "grouped": Rung("+ batches by length", True, True, True, False),
     "packed": Rung("+ packed rows: all that is exact"),
     "int8": Rung("+ int8 base", quantize="int8"),
 }
@@ -66,10 +67,15 @@ PEERS = {"peft": "peft + Trainer", "trl": "peft + SFTTrainer", "nf4": "peft + bi
 def run(quick: bool) -> Iterator[Row]:
     pairs = 1 if quick else 5
     for shown, width in list(WIDTHS.items())[1:] if quick else WIDTHS.items():
-        examples = 4 * BATCH if width == "smollm2" else BATCH
+        examples = 2 * BATCH if width == "smollm2" else BATCH
         arms = ["peft", *RUNGS] if quick else [*PEERS, *RUNGS]
+        own = dict.fromkeys(RAISED)  # each arm sets glibc's thresholds itself
+
+        def job(arm: str, width: str = width, examples: int = examples) -> dict[str, Any]:
+            return {"arm": arm, "width": width, "examples": examples}
+
         with ThreadPoolExecutor(2) as pool:  # memory does not depend on what else runs
-            runs = {arm: pool.submit(apart, "ladder", "steps", arm=arm, width=width, examples=examples) for arm in arms}
+            runs = {arm: pool.submit(apart, "ladder", "steps", variables=own, **job(arm)) for arm in arms}
         alone = {arm: run.result() for arm, run in runs.items()}
         with tempfile.TemporaryDirectory() as folder:
             times = in_turns({arm: _job(arm, width, examples, folder) for arm in arms}, pairs)
@@ -140,26 +146,32 @@ def _as(rung: Rung | None) -> Iterator[None]:
             stack.enter_context(mock.patch.object(veneer.products, "_by_hand", return_value=False))
         if rung is not None and not rung.labelled:
             stack.enter_context(mock.patch.object(Trainer, "_loss_at_labels", return_value=nullcontext()))
-        stack.enter_context(_memory_kept(rung is not None and rung.kept))
+        # As `veneer train` does; peers run with what glibc does by itself.
+        stack.enter_context(_memory_kept(rung is not None and rung.quantize is None))
         yield
 
 
 @contextmanager
 def _memory_kept(keep: bool) -> Iterator[None]:
     """Has glibc keep freed memory, or give it back as it does by itself."""
-    import ctypes
-
-    from veneer.allocation import keep_freed_memory
-
-    if keep:
-        keep_freed_memory()
+    _give_back()
+    with mock.patch.dict(os.environ):
+        for name in RAISED:  # of the benchmarks, which would be taken for the user's wish
+            os.environ.pop(name, None)
+        if keep:
+            keep_freed_memory()
     try:
         yield
     finally:
-        libc = ctypes.CDLL(None)
-        for parameter, default in ((-1, 128 * 1024), (-3, 128 * 1024)):  # what glibc begins with
-            libc.mallopt(parameter, default)
-        libc.malloc_trim(0)
+        _give_back()
+
+
+def _give_back() -> None:
+    """Sets glibc's thresholds to what they are when a process starts."""
+    libc = ctypes.CDLL(None)
+    for parameter in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
+        libc.mallopt(parameter, 128 * 1024)
+    libc.malloc_trim(0)
 
 
 @cache

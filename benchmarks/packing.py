@@ -22,7 +22,7 @@ Task = tuple[Any, Callable[[list[int]], dict[str, Any]], list[int]]
 def run(quick: bool) -> Iterator[Row]:
     tasks = {"MiniLM, movie snippets": (_reviews, 16), "SmolLM2, conversations": (_conversations, 4)}
     for name, (make, size) in tasks.items():
-        yield from measure(name, *make(), size, *((2, 1) if quick else (4, 7)))
+        yield from measure(name, *make(), size, *((2, 1) if quick else (4, 5)))
 
 
 def measure(
