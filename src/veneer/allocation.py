@@ -19,8 +19,9 @@ _OF_USERS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD
 def keep_freed_memory() -> bool:
     """Tells glibc to keep freed blocks of up to 1 GiB (32 MiB with old versions) rather than give them back.
 
-    `veneer train` does so unless memory is said to be short. In a program of your own, call it before the model is loaded: blocks that
-    are there already stay as they are. The process's peak hardly changes; between peaks it shows what it once needed.
+    `veneer train` does so unless memory is said to be short. In a program of your own, call it before the model is
+    loaded: blocks that are there already stay as they are. The process's peak hardly changes; between peaks it shows
+    what it once needed.
 
     Returns:
         Whether it was done: not with another C library or system, and not where a `MALLOC_` variable or

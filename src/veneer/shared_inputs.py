@@ -31,16 +31,17 @@ class SharedInputs:
         self._found: list[tuple[weakref.ref[Adapted], list[weakref.ref[Adapted]]]] = []
         self._due: weakref.WeakSet[_Pass] = weakref.WeakSet()
         self._seen: list[weakref.ref[Adapted]] = []
-        self._input = _Input()
+        self._seen_with = _Input()
         self._first: weakref.ref[Adapted] | None = None
         self._ready: dict[int, Tensor] = {}
+        self._ready_for = _Input()
 
     def __reduce__(self) -> tuple[type[SharedInputs], tuple[()]]:
         return SharedInputs, ()  # a copy of the model finds out for itself
 
     def take(self, wrapper: Adapted, x: Tensor) -> Tensor | None:
         """The output of the wrapper's layer with its product, if an earlier call has made it for this input."""
-        if id(wrapper) in self._ready and self._input.is_(x):
+        if id(wrapper) in self._ready and self._ready_for.is_(x):
             return self._ready.pop(id(wrapper))
         return None
 
@@ -60,7 +61,7 @@ class SharedInputs:
         outputs = run_layers(x, [member.site for member in members], matrices, due)  # type: ignore[misc]
         self._due.add(due)
         if len(members) > 1:
-            self._first, self._input = weakref.ref(wrapper), _Input(x)
+            self._first, self._ready_for = weakref.ref(wrapper), _Input(x)
             self._ready = {id(member): y for member, y in zip(members[1:], outputs[1:], strict=True)}
         return outputs[0]
 
@@ -76,10 +77,10 @@ class SharedInputs:
             self._found = []
 
     def _observe(self, wrapper: Adapted, x: Tensor) -> None:
-        if not self._input.is_(x) or wrapper in (reference() for reference in self._seen):
+        if not self._seen_with.is_(x) or wrapper in (reference() for reference in self._seen):
             if len(self._seen) > 1:
                 self._found.append((self._seen[0], self._seen[1:]))
-            self._seen, self._input = [], _Input(x)
+            self._seen, self._seen_with = [], _Input(x)
         self._seen.append(weakref.ref(wrapper))
 
     @staticmethod

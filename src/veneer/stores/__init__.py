@@ -25,7 +25,7 @@ _HOMES = {
     "hqq.core.quantize": "veneer.stores.hqq.HqqStore",
 }
 
-__all__ = ["DenseStore", "Store", "is_offloaded", "owner_of", "quantised_store", "store_of"]
+__all__ = ["DenseStore", "Store", "is_offloaded", "owner_of", "quantised_store", "rounds_inputs", "store_of"]
 
 
 def quantised_store(module: nn.Module) -> Store | None:
@@ -42,6 +42,12 @@ def _found(home: str, path: str) -> Store:
     where, _, name = path.rpartition(".")
     _FOUND[home] = getattr(importlib.import_module(where), name)()
     return _FOUND[home]
+
+
+def rounds_inputs(model: nn.Module) -> bool:
+    """Whether layers of the model round their inputs: equal up to rounding then means less."""
+    stores = (quantised_store(module) for module in model.modules())
+    return any(store is not None and store.rounds_inputs for store in stores)
 
 
 def store_of(module: nn.Module) -> Store:

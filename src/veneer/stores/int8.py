@@ -239,6 +239,8 @@ class _Int8(torch.autograd.Function):
 class Int8Store(Store):
     """`Int8Linear`."""
 
+    rounds_inputs = True
+
     def holds(self, module: nn.Module) -> bool:
         return isinstance(module, Int8Linear)
 

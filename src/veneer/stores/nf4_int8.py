@@ -65,6 +65,8 @@ class _Nf4Int8(torch.autograd.Function):
 class Nf4Int8Store(BitsAndBytesStore):
     """`Nf4Int8Linear`."""
 
+    rounds_inputs = True
+
     def holds(self, module: nn.Module) -> bool:
         return isinstance(module, Nf4Int8Linear)
 

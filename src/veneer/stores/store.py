@@ -19,6 +19,9 @@ class Store:
     quantised: ClassVar[bool] = True
     """Whether a tensor that is written comes back rounded. The layers of such a store are linear ones."""
 
+    rounds_inputs: ClassVar[bool] = False
+    """Whether a layer rounds its input, by which the last bits of one number can decide about more of the output."""
+
     def holds(self, module: nn.Module) -> bool:
         """Whether the module keeps its weight in this way."""
         raise NotImplementedError

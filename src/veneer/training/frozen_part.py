@@ -22,6 +22,7 @@ from veneer.attention import RowMask
 from veneer.attention import Rows as Layout
 from veneer.errors import UnsupportedError
 from veneer.model import PeftModel
+from veneer.stores import rounds_inputs
 from veneer.training import boundary
 from veneer.training.kept_rows import Rows
 from veneer.training.row_keys import loss_at_padding, row_keys
@@ -315,7 +316,8 @@ class FrozenPart:
         row = int(mask.sum(1).argmin())
         columns = mask[row].nonzero()[:, 0].to(hidden.device)
         alone = {name: _row(value, row, columns, mask) for name, value in batch.items()}
-        alike = _alike(self._hidden(alone)[0], hidden[row, columns])
+        coarse = 5e-2 if rounds_inputs(self.base) else None
+        alike = _alike(self._hidden(alone)[0], hidden[row, columns], coarse)
         at_edge = int(columns[-1]) + 1 == len(columns)
         self._from_edge = at_edge or not alike
         if at_edge and not alike:

@@ -23,6 +23,7 @@ from veneer.attach import switch_of
 from veneer.attention import Packing, RowMask, Rows
 from veneer.errors import UnsupportedError
 from veneer.model import PeftModel
+from veneer.stores import rounds_inputs
 from veneer.structure import blocks
 from veneer.targets import walk
 from veneer.training.row_keys import LOOKING_IN, loss_at_padding
@@ -178,7 +179,8 @@ class PackedRows:
         real = batch["attention_mask"].bool()
         if usual.shape[:2] == real.shape:
             usual, packed = usual[real], packed[real]
-        rtol = 3e-2 if usual.dtype.itemsize < 4 else 1e-4
+        coarse = usual.dtype.itemsize < 4 or rounds_inputs(runs)
+        rtol = 5e-2 if coarse else 1e-4
         close = (usual - packed).abs() <= rtol * usual.abs().max()  # false where either is not a number
         return None if bool(close.all()) else "gives other results when rows are packed"
 
