@@ -371,3 +371,16 @@ def test_a_model_that_does_more_with_its_rows_is_noticed() -> None:
     model.model.layers[0].mlp.register_forward_hook(lambda module, args, y: y + y.roll(1, 1))
     with pytest.raises(UnsupportedError, match="LlamaForCausalLM gives other results when rows are packed"):
         PackedRows(model)
+
+
+def test_a_base_that_rounds_its_inputs_is_packed_too() -> None:
+    """In int8 the last bits of a number decide about more of the output than in floating point."""
+    model = tiny.llama(num_hidden_layers=6)
+    batch = {"input_ids": tiny.tokens(3, 9), "attention_mask": torch.ones(3, 9, dtype=torch.long)}
+    veneer.quantize(model, "int8", batches=[batch])
+    batch["attention_mask"][1, 4:] = 0
+    usual = model(**batch).logits.detach()
+    with veneer.packed_rows(model):
+        packed = model(**batch).logits.detach()
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(packed[real], usual[real], rtol=0, atol=5e-2 * float(usual.abs().max()))
