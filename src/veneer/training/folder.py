@@ -34,6 +34,21 @@ QUANTIZATION = "quantization.json"
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
+def entries(folder: Path, output: OutputOptions) -> list[str]:
+    """Names of what is in the output folder; nothing where it does not exist yet.
+
+    Raises:
+        ConfigError: It is a file, or the run is to start anew and to go on at once.
+    """
+    if output.overwrite and output.resume:
+        raise ConfigError(
+            "output.overwrite and output.resume are both set: one starts anew, the other goes on. Choose."
+        )
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output.folder: {folder} is a file. Name a folder.")
+    return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+
+
 def claim(options: RunOptions) -> Path:
     """The output folder, if this run may write there. Nothing is changed yet.
 
@@ -43,15 +58,9 @@ def claim(options: RunOptions) -> Path:
     """
     output = options.output
     folder = Path(output.folder).expanduser()
-    if output.overwrite and output.resume:
-        raise ConfigError(
-            "output.overwrite and output.resume are both set: one starts anew, the other goes on. Choose."
-        )
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output.folder: {folder} is a file. Name a folder.")
-    entries = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    found = entries(folder, output)
     if output.resume:
-        if RUN not in entries:
+        if RUN not in found:
             raise CheckpointError(
                 f"output.resume: {folder} holds no run to go on with ({RUN} is missing). Remove resume to start one, "
                 "or name the folder of the run."
@@ -59,13 +68,13 @@ def claim(options: RunOptions) -> Path:
         compare(read_options(folder), options, folder)
         checkpoints.clean(folder)
         checkpoints.last_complete(folder)
-    elif RUN in entries and not output.overwrite:
+    elif RUN in found and not output.overwrite:
         raise ConfigError(
             f"output.folder: {folder} already holds a run. Name another folder, set output.resume to go on with it, "
             "or output.overwrite to replace it."
         )
-    elif entries and RUN not in entries:
-        shown = ", ".join(entries[:5]) + (", ..." if len(entries) > 5 else "")
+    elif found and RUN not in found:
+        shown = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
         raise ConfigError(
             f"output.folder: {folder} is not empty and holds no run of Veneer's ({shown}). Name a new or empty folder; "
             "overwrite replaces runs only."

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from veneer.errors import UnsupportedError
+from veneer.products import is_hooked
 from veneer.targets import frozen
 from veneer.training.guards import IGNORED
 
@@ -151,7 +152,7 @@ def total_loss(head: nn.Module, cap: float | None, x: Tensor, y: Tensor) -> Tens
     """
     # Hooks may change what the head gives, or fetch its weights from elsewhere first.
     plain = type(head) is nn.Linear and not head.weight.requires_grad
-    plain = plain and not (head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head))
+    plain = plain and not is_hooked(head)
     return _FrozenHead.apply(x, head.weight, head.bias, y, cap) if plain else _by_pieces(head, cap, x, y)
 
 

@@ -236,13 +236,7 @@ def _claim(folder: Path, options: RunOptions) -> list[str]:
         CheckpointError: There is nothing to resume.
     """
     output = options.output
-    if output.overwrite and output.resume:
-        raise ConfigError(
-            "output.overwrite and output.resume are both set: one starts anew, the other goes on. Choose."
-        )
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output.folder: {folder} is a file. Name a folder.")
-    entries = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    entries = run_folder.entries(folder, output)
     if COMPARISON in entries:
         if not (output.overwrite or output.resume):
             raise ConfigError(
