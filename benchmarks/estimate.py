@@ -18,12 +18,15 @@ ORDER = 65
 QUESTION = "How near is `veneer estimate` to the memory and the time of a run?"
 ALONE = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}
 ALL = "lora:r=8,target_modules=all-linear"
+# Settings of training, and the form of the base model.
 CASES: dict[str, tuple[str, str, int, int, dict[str, Any]]] = {
     "MiniLM, LoRA, 16 x 32": ("minilm", "lora:r=8,target_modules=[query,value]", 16, 32, {}),
     "MiniLM, all parameters, 16 x 32": ("minilm", "full", 16, 32, {}),
     "SmolLM2, LoRA on all linears, 8 x 128": ("smollm2", ALL, 8, 128, {}),
-    "the same, gradient checkpointing": ("smollm2", ALL, 8, 128, {"activation_checkpointing": True}),
-    "SmolLM2, IA3, 8 x 128": ("smollm2", "ia3", 8, 128, {}),
+    "the same in NF4, gradient checkpointing": (
+        "smollm2", ALL, 8, 128, {"quantize": "nf4", "activation_checkpointing": True},
+    ),
+    "SmolLM2 in int8, IA3, 8 x 128": ("smollm2", "ia3", 8, 128, {"quantize": "int8"}),
     "SmolLM2, LoRA in the upper 8 of 30 layers, 8 x 128": (
         "smollm2", "lora:r=8,target_modules=all-linear,layers_to_transform=[22,23,24,25,26,27,28,29]", 8, 128, {},
     ),
@@ -58,9 +61,11 @@ def _options(model: str, method: str, rows: int, training: dict[str, Any]) -> An
 
     from veneer.options import DataOptions, ModelOptions, OutputOptions, RunOptions
 
+    training = dict(training)
+    form = training.pop("quantize", None)
     return RunOptions(
         task="classification" if model == "minilm" else "causal-lm",
-        model=ModelOptions(model, dtype="float32"),
+        model=ModelOptions(model, dtype="float32", quantize=form),
         method=method,
         data=DataOptions(""),
         training={"per_device_train_batch_size": rows, "threads": torch.get_num_threads(), **training},
@@ -86,6 +91,7 @@ def train(model: str, method: str, rows: int, length: int, training: dict[str, A
     from veneer import get_peft_model, parse_method
     from veneer.data import Collator
     from veneer.data.batches import to_dataset
+    from veneer.quantization import quantize
     from veneer.training import arguments
     from veneer.training.models import load_model, load_tokenizer
     from veneer.training.run import TASK_TYPES
@@ -99,6 +105,8 @@ def train(model: str, method: str, rows: int, length: int, training: dict[str, A
     classifier = options.task == "classification"
     tokenizer = load_tokenizer(options.model)
     base, _ = load_model(options.model, options.task, tokenizer, ["no", "yes"] if classifier else [])
+    if options.model.quantize == "int8":  # all layers unseen, as the estimate has it
+        quantize(base)
     ids = torch.randint(1000, 20000, (rows * steps, length), generator=torch.Generator().manual_seed(0)).tolist()
     moments: list[float] = []
 

@@ -28,7 +28,6 @@ QUESTION = "What does each technique add to the speed of chat tuning, and what d
 
 DATA, LENGTH, BATCH, RATE = "chitchat", 128, 8, 5e-4
 LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-WIDTHS = {"SmolLM2, width 576": "smollm2", "2 random layers of width 2,048": "wide"}
 TARGETS = {"packed": (2.5, 0.5), "int8": (5.0, 0.33)}
 
 
@@ -65,32 +64,38 @@ PEERS = {"peft": "peft + Trainer", "trl": "peft + SFTTrainer", "nf4": "peft + bi
 
 
 def run(quick: bool) -> Iterator[Row]:
-    pairs = 1 if quick else 5
-    for shown, width in list(WIDTHS.items())[1:] if quick else WIDTHS.items():
-        examples = 2 * BATCH if width == "smollm2" else BATCH
-        arms = ["peft", *RUNGS] if quick else [*PEERS, *RUNGS]
-        own = dict.fromkeys(RAISED)  # each arm sets glibc's thresholds itself
+    yield from of_width("two random layers of width 2,048" if quick else "SmolLM2, width 576", not quick, quick)
 
-        def job(arm: str, width: str = width, examples: int = examples) -> dict[str, Any]:
-            return {"arm": arm, "width": width, "examples": examples}
 
-        with ThreadPoolExecutor(2) as pool:  # memory does not depend on what else runs
-            runs = {arm: pool.submit(apart, "ladder", "steps", variables=own, **job(arm)) for arm in arms}
-        alone = {arm: run.result() for arm, run in runs.items()}
-        with tempfile.TemporaryDirectory() as folder:
-            times = in_turns({arm: _job(arm, width, examples, folder) for arm in arms}, pairs)
-        for arm in arms[1:]:
-            speed, memory = TARGETS.get(arm, (None, None)) if width == "smollm2" else (None, None)
-            what = f"{shown}: {RUNGS[arm].what if arm in RUNGS else PEERS[arm]}"
-            score = {"Veneer": f"loss {alone[arm].value:.3f}", "peft": f"loss {alone['peft'].value:.3f}"}
-            ours, theirs = alone[arm].memory, alone["peft"].memory
-            sizes = {"Veneer": ours, "peft": theirs}
-            seconds = times.seconds(Veneer=arm, peft="peft")
-            figure = times.ratio("peft", arm)
-            yield Row(what, PEERS["peft"], figure, target=speed, seconds=seconds, memory=sizes, score=score)
-            if memory is not None:
-                yield Row(what, PEERS["peft"], Spread.of([ours / theirs]), "of the memory", memory, True, memory=sizes)
-        yield from _of_the_limit(shown, width, examples, times)
+def of_width(shown: str, smollm2: bool, quick: bool) -> Iterator[Row]:
+    """All arms at one width.
+
+    Args:
+        shown: What the rows say of it.
+        smollm2: Whether it is SmolLM2, or two wide layers.
+        quick: Whether it is only tried.
+    """
+    width, examples = ("smollm2", 2 * BATCH) if smollm2 else ("wide", BATCH)
+    arms = ["peft", *RUNGS] if quick else [*PEERS, *RUNGS]
+    job = {"width": width, "examples": examples}
+    own = dict.fromkeys(RAISED)  # each arm sets glibc's thresholds itself
+    with ThreadPoolExecutor(2) as pool:  # memory does not depend on what else runs
+        runs = {arm: pool.submit(apart, "ladder", "steps", variables=own, arm=arm, **job) for arm in arms}
+    alone = {arm: run.result() for arm, run in runs.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        times = in_turns({arm: _job(arm, width, examples, folder) for arm in arms}, 1 if quick else 5)
+    for arm in arms[1:]:
+        speed, memory = TARGETS.get(arm, (None, None)) if smollm2 else (None, None)
+        what = f"{shown}: {RUNGS[arm].what if arm in RUNGS else PEERS[arm]}"
+        score = {"Veneer": f"loss {alone[arm].value:.3f}", "peft": f"loss {alone['peft'].value:.3f}"}
+        ours, theirs = alone[arm].memory, alone["peft"].memory
+        sizes = {"Veneer": ours, "peft": theirs}
+        seconds = times.seconds(Veneer=arm, peft="peft")
+        figure = times.ratio("peft", arm)
+        yield Row(what, PEERS["peft"], figure, target=speed, seconds=seconds, memory=sizes, score=score)
+        if memory is not None:
+            yield Row(what, PEERS["peft"], Spread.of([ours / theirs]), "of the memory", memory, True, memory=sizes)
+    yield from _of_the_limit(shown, width, examples, times)
 
 
 def _of_the_limit(shown: str, width: str, examples: int, times: Any) -> Iterator[Row]:

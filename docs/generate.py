@@ -18,6 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+import tiny  # noqa: E402
 import veneer  # noqa: E402
 from contract.places import QUANTISED, SPOTS, Spot, config, randomise, said_of, settings_of  # noqa: E402
 from veneer.adapter import Adapter, WeightAdapter  # noqa: E402
@@ -99,9 +100,25 @@ def tried(name: str, spot: Spot) -> set[str]:
         model = veneer.get_peft_model(spot.model(), config(name, settings, spot))
     except VeneerError:
         return set()
-    randomise(model)
-    x, can = spot.input(), {"run"}
     model.add_adapter("other", config(name, settings, spot))
+    return abilities(model, spot.input())
+
+
+def tried_on_a_model(name: str) -> set[str]:
+    """The same on a small language model, for methods that need more than a layer."""
+    try:
+        method = parse_method({"name": name, **said_of(name, "SHOWN", {})})
+        model = veneer.get_peft_model(tiny.llama(), method)
+        model.add_adapter("other", method)
+    except VeneerError:
+        return set()
+    return abilities(model, tiny.tokens(4))
+
+
+def abilities(model: Any, x: Any) -> set[str]:
+    """What a model can do with its adapters, `default` and `other`."""
+    randomise(model)
+    can = {"run"}
     for what, attempt in (
         ("mixed", lambda: model(x, adapter_names=["default", "other", "__base__", "default"])),
         ("merge", model.merge_adapter),
@@ -118,7 +135,11 @@ def tried(name: str, spot: Spot) -> set[str]:
 
 def cell(name: str, kind: str) -> str:
     spots = QUANTISED if kind == BASE else [spot for spot in SPOTS if spot.kind == kind]
-    results = {spot.name: tried(name, spot) for spot in spots}
+    return in_words({spot.name: tried(name, spot) for spot in spots})
+
+
+def in_words(results: dict[str, set[str]]) -> str:
+    """What can be done on some places, by name."""
     running = {spot: can for spot, can in results.items() if can}
     if not running:
         return "no"
@@ -133,11 +154,13 @@ def cell(name: str, kind: str) -> str:
 
 
 def support_table() -> str:
-    rows = [f"| method | {' | '.join(KINDS)} | file type |", f"|---|{'---|' * len(KINDS)}---|"]
+    kinds = [*KINDS, "whole model"]
+    rows = [f"| method | {' | '.join(kinds)} | file type |", f"|---|{'---|' * len(kinds)}---|"]
     for method in published():
         if method.name == method.page:
-            cells = " | ".join(cell(method.name, kind) for kind in KINDS)
-            rows.append(f"| `{method.name}` | {cells} | `{method.config.peft_name}` |")
+            cells = [cell(method.name, kind) for kind in KINDS]
+            whole = in_words({"model": tried_on_a_model(method.name)}) if set(cells) == {"no"} else ""
+            rows.append(f"| `{method.name}` | {' | '.join(cells)} | {whole} | `{method.config.peft_name}` |")
     return "\n".join(rows)
 
 

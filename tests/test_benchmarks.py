@@ -185,6 +185,32 @@ def test_a_model_of_the_memory_benchmark_is_held_in_its_form(form: str, bits: in
     assert held == pytest.approx(4 * embedding + bits / 8 * weights, rel=0.1)
 
 
+def test_an_ensemble_of_the_benchmark_says_what_its_members_say() -> None:
+    from benchmarks import ensemble
+
+    for method in ensemble.METHODS.values():
+        model, names = ensemble.members(method, ensemble.QUICK)
+        assert list(ensemble.answering(model, names, 2)) == ["one batch", "5 runs", "one member"]
+
+
+def test_the_table_of_prompts_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import prompts
+
+    figures = {"accuracy": 0.9, "before": 0.5, "majority": 0.6, "trained": 1234}
+    monkeypatch.setattr(prompts, "KEPT", tmp_path / "prompts")
+    monkeypatch.setattr(
+        prompts, "apart", lambda module, function, **named: harness.Apart(dict.fromkeys(prompts.METHODS, figures), 1)
+    )
+    page = tmp_path / "prompts.md"
+    page.write_text("above\n<!-- prompts -->\n<!-- end of prompts -->\nbelow\n", encoding="utf-8")
+    for _ in range(2):
+        prompts.draw(records.record("prompts", list(prompts.run(quick=False)), None), page)
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "above" and lines[-1] == "below"
+    assert lines[2].count("|") == 2 + 4
+    assert lines[5] == "| prompt tuning" + " | 0.900 (1,234)" * 4 + " |"
+
+
 def test_the_arms_of_many_configurations_are_added_up() -> None:
     from benchmarks import many
 
@@ -202,3 +228,58 @@ def test_an_arm_of_many_configurations_runs(arm: str) -> None:
 
     (accuracy,) = getattr(many, arm)(configurations=many.CONFIGURATIONS[:1], limit=16, held=16)
     assert 0 <= accuracy <= 1
+
+
+@pytest.mark.filterwarnings("ignore")  # of the peer
+def test_the_arms_of_the_sparse_benchmark_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import methods, sparse
+
+    monkeypatch.setattr(sparse, "apart", lambda module, function, **named: harness.Apart(len(named["arm"]), 1))
+    monkeypatch.setattr(methods, "step", lambda library, name: lambda: None)
+    monkeypatch.setattr(sparse, "build", lambda layers, build=sparse.build: build(1))
+    rows = list(sparse.run(quick=True))
+    assert [row.unit for row in rows] == ["of the memory", "of the memory", *["times the time"] * 4]
+    assert sparse.weights(1) == 4 * sum(
+        module.weight.numel()
+        for path, module in sparse.build(1).named_modules()
+        if path.rpartition(".")[2] in sparse.SAME
+    )
+
+
+def test_every_output_and_sparse_method_is_in_the_tradeoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import tradeoff
+
+    names = tradeoff.compared()
+    assert names[:3] == ["lora", "full", "head"]
+    assert {"houlsby", "fish_mask", "gps", "shira", "lt_sft", "spiel", "diff_pruning"} <= set(names)
+    assert not set(names) & set(tradeoff.LEFT_OUT)
+
+    def counted(model: str, method: str, kind: str) -> int:
+        name, _, setting = method.partition(":")
+        size = int(setting.partition("=")[2] or 8)
+        return tradeoff.UNKNOWN if name == "shadow" else 770 + 9216 * size
+
+    monkeypatch.setattr(tradeoff, "_counted", counted)
+    monkeypatch.setattr(tradeoff, "_linear", lambda task: [(1000, 100), (1000, 900)])
+    found = tradeoff.settings(tradeoff.TASKS["movie-sentiment"], ["lora", "houlsby", "fish_mask", "gps", "sparse", "shadow"])
+    assert found["houlsby"] == {"name": "houlsby", "bottleneck_size": 8}
+    assert found["fish_mask"] == {"name": "fish_mask", "count": 73728}
+    assert found["gps"] == {"name": "gps", "count": 8}
+    assert found["sparse"]["density"] == 0.073728
+    assert found["shadow"] == {"name": "shadow"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_tradeoff_tells_of_methods_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import tradeoff
+
+    def apart(module: str, function: str, *, method: dict[str, object], seed: int, **named: object) -> harness.Apart:
+        if method["name"] == "fish_mask":
+            raise RuntimeError("tradeoff.whole ended:\nveneer.errors.ConfigError: no place")
+        return harness.Apart({"name": "accuracy", "score": 0.5 + seed / 10, "trained": 5}, 1)
+
+    monkeypatch.setattr(tradeoff, "apart", apart)
+    monkeypatch.setattr(tradeoff, "settings", lambda task, names: {name: {"name": name} for name in names})
+    rows = list(tradeoff.run(quick=True))
+    assert [row.unit for row in rows] == ["accuracy", "failed"] * 2
+    assert rows[1].score == {"failed": "veneer.errors.ConfigError: no place"}

@@ -174,7 +174,6 @@ def test_types_are_checked_in_code_as_well() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "what"),
     [
-        ("arrow_config", {"top_k": 2}, "Arrow"),
         ("megatron_config", {"a": 1}, "Megatron"),
     ],
 )

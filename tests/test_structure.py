@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,8 @@ import transformers as T
 from torch import nn
 
 from veneer.errors import TargetError
-from veneer.structure import PLACES, attention_inputs, blocks, is_linear, place
-from veneer.targets import walk
+from veneer.structure import PLACES, attention_inputs, blocks, is_linear, output_width, place
+from veneer.targets import input_embedding, walk
 
 TEXT: dict[str, Any] = {
     "hidden_size": 16,
@@ -175,6 +176,60 @@ def test_places(family: str) -> None:
     assert {modules[path].weight.shape[1 if "Conv1D" in type(modules[path]).__name__ else 0] for path in attention} == {
         16
     }
+
+
+# First projection of the feed-forward part, and what embeds, by family.
+BEGINNINGS: dict[str, tuple[str, str | None]] = {
+    "Bert": ("bert.encoder.layer.{}.intermediate.dense", "bert.embeddings"),
+    "Roberta": ("encoder.layer.{}.intermediate.dense", "embeddings"),
+    "DebertaV2": ("encoder.layer.{}.intermediate.dense", "embeddings"),
+    "Electra": ("encoder.layer.{}.intermediate.dense", "embeddings"),
+    "Albert": ("encoder.albert_layer_groups.0.albert_layers.0.ffn", "embeddings"),
+    "DistilBert": ("transformer.layer.{}.ffn.lin1", "embeddings"),
+    "ModernBert": ("layers.{}.mlp.Wi", "embeddings"),
+    "Llama": ("model.layers.{}.mlp.gate_proj", "model.embed_tokens"),
+    "Gemma": ("model.layers.{}.mlp.gate_proj", "model.embed_tokens"),
+    "Gemma3": ("model.layers.{}.mlp.gate_proj", "model.embed_tokens"),
+    "Qwen3": ("model.layers.{}.mlp.gate_proj", "model.embed_tokens"),
+    "Phi": ("model.layers.{}.mlp.fc1", "model.embed_tokens"),
+    "Phi3": ("model.layers.{}.mlp.gate_up_proj", "model.embed_tokens"),
+    "GPT2": ("transformer.h.{}.mlp.c_fc", "transformer.wte"),
+    "GPTNeoX": ("gpt_neox.layers.{}.mlp.dense_h_to_4h", "gpt_neox.embed_in"),
+    "OPT": ("model.decoder.layers.{}.fc1", "model.decoder.embed_tokens"),
+    "Falcon": ("h.{}.mlp.dense_h_to_4h", "word_embeddings"),
+    "ViT": ("layers.{}.mlp.fc1", "embeddings"),
+    "Dinov2": ("encoder.layer.{}.mlp.fc1", "embeddings"),
+    "T5": ("block.{}.layer.{}.DenseReluDense.wi", "shared"),
+    "Bart": ("layers.{}.fc1", "model.shared"),
+    "Whisper": ("layers.{}.fc1", "model.decoder.embed_tokens"),
+    "torch's encoder": ("layers.{}.linear1", None),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_beginnings_blocks_and_embeddings(family: str) -> None:
+    with torch.device("meta"):
+        root = FAMILIES[family][0]()
+    modules = dict(walk(root))
+    (attention, feed_forward), (first, embeds) = FAMILIES[family][1], BEGINNINGS[family]
+    inputs, found = place("ffn-input", modules), place("block-output", modules)
+    first = re.sub(r"\d+", "{}", first)
+    assert {re.sub(r"\d+", "{}", path)[-len(first) :] for path in inputs} == {first}
+    # One of each for every block, in it; cross-attention left out.
+    assert found == blocks(modules)
+    own = place("self-attention-output", modules)
+    assert [p for p in attention if "encoder_attn" not in p and "EncDec" not in p] == own
+    for paths in (inputs, feed_forward, own):
+        assert all(path.startswith(f"{block}.") for path, block in zip(paths, found, strict=True))
+    assert {output_width(modules[block]) for block in found} == {16}
+    tokens = input_embedding(root, modules)
+    if embeds is None:
+        with pytest.raises(TargetError, match=r"'embedding-output' was not found .*no embedding of input tokens"):
+            place("embedding-output", modules, tokens)
+    else:
+        assert place("embedding-output", modules, tokens) == [embeds]
+        width = getattr(getattr(root, "config", None), "embedding_size", 16)
+        assert output_width(modules[embeds]) == width
 
 
 def test_experts_have_attention_places_only() -> None:

@@ -98,22 +98,36 @@ class Adapted(nn.Module):
         return self._run([name for name in switch.active if name in self.adapters], args, kwargs)
 
     def _run(
-        self, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any], members: Tensor | None = None
+        self,
+        names: Sequence[str],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        members: Tensor | None = None,
+        owners: Mapping[str, Tensor] | None = None,
+        entries: Tensor | None = None,
     ) -> Any:
+        """Runs the layer with a stack of adapters.
+
+        Args:
+            names: The adapters, lowest first.
+            args: The layer's arguments.
+            kwargs: The layer's arguments.
+            members: Numbers of the model's rows that run here, where these are not all.
+            owners: In a mixed batch that is not split, which entries each adapter acts on.
+            entries: In a mixed batch that is split, which entries run here.
+        """
         if not names:
             return self.frozen_layer(*args, **kwargs)
-        if args:
-            x, *rest = args
-        else:  # the input is named, as in attention(hidden_states=...)
-            first = next(iter(kwargs))
-            x, rest = kwargs[first], []
-            kwargs = {k: v for k, v in kwargs.items() if k != first}
+        x, rest, kwargs = _first(args, kwargs)
+        names = sorted(names, key=lambda name: bool(self.adapters[name].outermost))
         stack = [self.adapters[name] for name in names]
         inputs = self.switch.inputs
         if inputs is not None and members is not None:  # those rows of the model's inputs that run here
             inputs = {k: v[members.to(v.device)] if isinstance(v, Tensor) and v.dim() else v for k, v in inputs.items()}
         wrapper = self if members is None and len(stack) == 1 and self._may_share() else None
-        base = Base(self.frozen_layer, self.site, stack, tuple(rest), kwargs, inputs, wrapper)  # type: ignore[arg-type]
+        each = () if owners is None else [owners[name] for name in names]
+        base = Base(self.frozen_layer, self.site, stack, rest, kwargs, inputs, wrapper, each)  # type: ignore[arg-type]
+        base.entries = entries
         y = base(x)
         return y if base.rest is None else (y, *base.rest)
 
@@ -140,6 +154,13 @@ class Adapted(nn.Module):
         if len(groups) == 1:
             (name,) = groups
             return self._run([] if name == BASE else [name], args, kwargs)
+        if not any(self.adapters[name].splits_rows for name in groups if name != BASE):
+            x = _first(args, kwargs)[0]
+            per_row = self._inputs_per_row(x, len(rows))
+            own = {name: torch.zeros(len(rows), dtype=torch.bool, device=x.device) for name in groups if name != BASE}
+            for name in own:
+                own[name][groups[name]] = True
+            return self._run(list(own), args, kwargs, owners={n: o.repeat_interleave(per_row) for n, o in own.items()})
         if len(args) != 1 or any(isinstance(value, Tensor) for value in kwargs.values()):
             raise UnsupportedError(
                 f"{self.path} ({type(self.base_layer).__name__}) takes several tensors, so its batch cannot be split "
@@ -152,7 +173,9 @@ class Adapted(nn.Module):
             rows_here = index = torch.tensor(members, device=x.device)
             if per_row > 1:
                 index = (index[:, None] * per_row + torch.arange(per_row, device=x.device)).flatten()
-            part = self._run([] if name == BASE else [name], (x.index_select(0, index),), kwargs, rows_here)
+            here = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device).index_fill(0, index, True)
+            some = (x.index_select(0, index),)
+            part = self._run([] if name == BASE else [name], some, kwargs, rows_here, entries=here)
             if y is None:
                 y = part.new_empty(x.shape[0], *part.shape[1:])
             y = y.index_copy(0, index, part.to(y.dtype))
@@ -231,6 +254,14 @@ class Adapted(nn.Module):
         for layer in self._frozen:
             layer._apply(fn)  # follows the model to another device or dtype
         return self
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """A layer's input and its other arguments; the input may be named, as in `attention(hidden_states=...)`."""
+    if args:
+        return args[0], args[1:], kwargs
+    name = next(iter(kwargs))
+    return kwargs[name], (), {k: v for k, v in kwargs.items() if k != name}
 
 
 def wrappers(root: nn.Module) -> Iterator[Adapted]:

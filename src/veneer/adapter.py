@@ -24,6 +24,7 @@ from veneer.products import LowRank, run_layers, runs_by_hand
 if TYPE_CHECKING:
     from veneer.adapted import Adapted
     from veneer.preparation import Run
+    from veneer.prompts import Lengthened
     from veneer.sites import Site
 
 WEIGHT_KINDS = frozenset({"linear", "conv", "embedding", "parameter"})
@@ -43,7 +44,15 @@ class Base:
         kwargs: Keyword arguments of the layer's call.
         inputs: What the whole model was called with, for adapters that say `reads_inputs`.
         wrapper: The layer's wrapper, where the layer may run together with others of the same input.
+        members: In a mixed batch that is not split, which of its entries each adapter below acts on, (batch,) bool.
+
+    Attributes:
+        rows: Those entries for the adapter that is given this; none for all.
+        entries: In a mixed batch that is split, which of its entries run here, (batch,) bool; none for all.
     """
+
+    rows: Tensor | None = None
+    entries: Tensor | None = None
 
     def __init__(
         self,
@@ -54,6 +63,7 @@ class Base:
         kwargs: Mapping[str, Any] | None = None,
         inputs: Mapping[str, Any] | None = None,
         wrapper: Adapted | None = None,
+        members: Sequence[Tensor] = (),
     ) -> None:
         self.layer = layer
         self.site = site
@@ -62,11 +72,14 @@ class Base:
         self.kwargs = kwargs or {}
         self.inputs = inputs or {}
         self.wrapper = wrapper
+        self.members = members
         self.rest: tuple[Any, ...] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.below:
-            under = Base(self.layer, self.site, self.below[:-1], self.args, self.kwargs, self.inputs, self.wrapper)
+            shared = (self.args, self.kwargs, self.inputs, self.wrapper)
+            under = Base(self.layer, self.site, self.below[:-1], *shared, members=self.members[:-1])
+            under.rows, under.entries = self.members[-1] if self.members else None, self.entries
             adapter = self.below[-1]
             if not adapter.prepared and adapter.training and torch.is_grad_enabled():
                 raise StateError(
@@ -160,6 +173,12 @@ class Shared(nn.Module):
         config: The method's configuration.
     """
 
+    above: str | None = None
+    """What the names of its tensors in files begin with, where that is not `base_model.`."""
+
+    optional: frozenset[str] = frozenset()
+    """Names of tensors that are written and that a file may lack: `from_file` does without them."""
+
     derived: frozenset[str] = frozenset()
     """Names of tensors that the configuration determines, and that are not written therefore: a file that has them
     all the same is taken at its word."""
@@ -190,7 +209,8 @@ class Adapter(nn.Module):
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset()
-    """Kinds of sites that the method makes sense on; empty for methods that attach to any module."""
+    """Kinds of sites that the method makes sense on, and `"module"` for modules that are no matrix, such as whole blocks;
+    empty for methods that attach to anything."""
 
     shares: ClassVar[type[Shared] | None] = None
     """What the adapters of one name have in common; each finds it as `self.shared`."""
@@ -212,6 +232,16 @@ class Adapter(nn.Module):
     mixes_rows: ClassVar[bool] = False
     """Whether what a row of the batch gets depends on the other rows."""
 
+    splits_rows: ClassVar[bool] = True
+    """Whether in a mixed batch the adapter is given its own rows alone. If not, `forward` is given the whole batch and
+    is told by `base.rows` which entries are its own."""
+
+    outermost: ClassVar[bool] = False
+    """Whether the adapter stands above all others of its place, however they are ordered."""
+
+    sees_others: ClassVar[bool] = False
+    """Whether `forward` looks at the other adapters of its place, which it finds as `self.others[0]`, by name."""
+
     reads_inputs: ClassVar[bool] = False
     """Whether `forward` looks at what the whole model was called with (`base.inputs`)."""
 
@@ -223,6 +253,16 @@ class Adapter(nn.Module):
         self.site = site
         self.bias_delta: nn.Parameter | None = None
         self.prepared = True  # False from the start until `prepare`, where the method needs data
+
+    @classmethod
+    def build(cls, module: nn.Module, site: Site | None, config: Any) -> Adapter:
+        """The adapter for a module; for methods that look at more of it than its matrix."""
+        return cls(site, config)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the adapter computes; none where that cannot be said before it runs."""
+        return None if self.site is None else self.site.device
 
     def tie(self, first: Self) -> None:
         """Trains the tensors of `first`, whose layer has the same weight; called before `reset`."""
@@ -267,6 +307,23 @@ class Adapter(nn.Module):
             config: The configuration of one adapter.
         """
         return {}
+
+    @classmethod
+    def shift(cls, config: Any) -> int:
+        """By how many positions the text stands later than it would without the adapter."""
+        return 0
+
+    @classmethod
+    def loss(cls, adapters: Sequence[Self], config: Any, output: Any, text: Lengthened) -> Tensor | None:
+        """The loss in place of the model's own, for methods with virtual tokens; none where the model's is right.
+
+        Args:
+            adapters: All adapters of one name.
+            config: Their configuration.
+            output: The model's, with logits of the virtual tokens too.
+            text: What it was called with, labels among it.
+        """
+        return None
 
     @classmethod
     def penalty(cls, adapters: Sequence[Self], config: Any) -> Tensor | None:
@@ -322,7 +379,7 @@ class Adapter(nn.Module):
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Fills one parameter or buffer, replacing it where it was created without memory."""
-        put(self, name, tensor, None if self.site is None else self.site.device)
+        put(self, name, tensor, self.device)
 
 
 def put(module: nn.Module, name: str, tensor: Tensor, device: torch.device | None = None) -> None:

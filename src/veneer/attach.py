@@ -94,6 +94,8 @@ def attach(
         if adapter.site is not None:
             # Adapters of one place share its view; that of a bare parameter reaches through the wrappers of others.
             adapter.site = wrapper.site
+        if adapter.sees_others:
+            adapter.others = [wrapper.adapters]  # type: ignore[assignment]  # in a list, so that it is no submodule
         wrapper.adapters[name] = adapter
     if getattr(config, "ensure_weight_tying", False):
         tie_copies(modules, copies)
@@ -149,7 +151,7 @@ def _build(modules: Mapping[str, nn.Module], place: Place, cls: type[Adapter], c
     path, parameter = place
     module, parent = modules[path], modules[path.rpartition(".")[0]]
     site: Site | None = site_of(module) if parameter is None else parameter_site(module, parameter)
-    if (cls.kinds or parameter is not None) and (site is None or site.kind not in cls.kinds):
+    if (cls.kinds or parameter is not None) and ("module" if site is None else site.kind) not in cls.kinds:
         what = f"a {site.kind} layer" if site is not None else "no layer with a weight that is known"
         kinds = ", ".join(sorted(cls.kinds)) or "outputs of"
         raise TargetError(
@@ -170,7 +172,7 @@ def _build(modules: Mapping[str, nn.Module], place: Place, cls: type[Adapter], c
         # Its fused inference kernel reads the weights of its layers without calling them.
         torch.backends.mha.set_fastpath_enabled(False)
     try:
-        return cls(site, config.at(_path(place)))
+        return cls.build(module, site, config.at(_path(place)))
     except ConfigError as error:
         raise ConfigError(f"{_path(place)}: {error}") from error
 

@@ -6,6 +6,8 @@ added it only passes on. What it adds:
 
 - Attention over packed rows: the real tokens of all rows of a batch stand one after the other, and each row attends to
   itself alone, by the model's own rule (causal, within a window ...).
+- Prefixes: keys and values that every query may attend to, beside its own. They are no part of any cache, so caches of
+  every kind work with them.
 
 The layout of packed rows travels as the attention mask (`RowMask`), so that blocks which are computed again in the
 backward pass find it where they found it before.
@@ -31,23 +33,27 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from veneer.errors import UnsupportedError
+from veneer.prefixes import FLASH, PREFIXES, Prefix, with_prefixes
 
 _PREFIX = "veneer_"
-_FLASH = "flash_attention"
 CAUSAL = "causal"
 """In place of a mask: each token attends to itself and those before it."""
+SEES = "veneer_sees"
+"""Name of the argument of attention modules that holds a function to be shown the keys and values."""
 
 
 def hooked(present: str) -> str:
     """Name of the attention implementation that wraps `present`, registered with transformers.
 
     Args:
-        present: `eager`, `sdpa`, or one of the `flash_attention` family.
+        present: `eager`, `sdpa`, one of the `flash_attention` family, or a name that this function gave.
 
     Raises:
         UnsupportedError: Another one.
     """
-    if present not in ("eager", "sdpa") and not present.startswith(_FLASH):
+    if present.startswith(_PREFIX):
+        return present
+    if present not in ("eager", "sdpa") and not present.startswith(FLASH):
         raise UnsupportedError(f"attention implementation {present!r} cannot be wrapped (eager, sdpa and flash can)")
     name = _PREFIX + present
     if name not in ALL_ATTENTION_FUNCTIONS:
@@ -220,14 +226,21 @@ def _attend(
     Raises:
         UnsupportedError: The model adds a bias for each pair of positions.
     """
+    prefixes: list[Prefix] = how.pop(PREFIXES, [])
+    if SEES in how:
+        how.pop(SEES)(key, value)
     with _named(module, present):
         attend = _implementation(present, module)
         if not isinstance(attention_mask, RowMask):
+            if prefixes:
+                return with_prefixes(present, attend, prefixes, module, query, key, value, attention_mask, **how)
             return attend(module, query, key, value, attention_mask, **how)
+        if prefixes and (present.startswith(FLASH) or any(prefix.rows is not None for prefix in prefixes)):
+            raise UnsupportedError("has prefixes, which packed rows cannot have here")
         if how.get("position_bias") is not None:
             raise UnsupportedError("adds a bias for each pair of positions to its attention")
         rows = attention_mask.rows
-        if present.startswith(_FLASH):
+        if present.startswith(FLASH):
             longest = rows.lengths[-1]
             bounds = {"cu_seq_lens_q": rows.bounds, "cu_seq_lens_k": rows.bounds}
             how |= {**bounds, "max_length_q": longest, "max_length_k": longest}
@@ -236,6 +249,9 @@ def _attend(
         def run(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | str | None) -> Tensor:
             mask = _for_present(present, allowed, query)
             causal = {"is_causal": allowed is CAUSAL} if present == "sdpa" else {}
+            if prefixes:
+                given = (prefixes, module, query, key, value, mask)
+                return with_prefixes(present, attend, *given, **{**how, **causal})[0]
             return attend(module, query, key, value, mask, **{**how, **causal})[0]
 
         whole = _padded if query.device.type != "cpu" else _by_length
@@ -290,7 +306,7 @@ def _implementation(present: str, module: nn.Module) -> Callable[..., Any]:
 def _named(module: nn.Module, present: str) -> Iterator[None]:
     """The flash implementations read their own name from the configuration."""
     config: Any = getattr(module, "config", None)
-    if config is None or not present.startswith(_FLASH):
+    if config is None or not present.startswith(FLASH):
         yield
         return
     name = config._attn_implementation_internal

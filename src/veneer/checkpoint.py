@@ -28,8 +28,9 @@ from veneer.adapted import Adapted, adapters_of
 from veneer.adapter import Adapter, BiasOnly, Shared
 from veneer.config import CONFIG_NAME, PeftConfig
 from veneer.errors import BaseMismatchError, CheckpointError, VeneerWarning, nearest
-from veneer.sites import ParameterSite
+from veneer.sites import ParameterSite, Site, site_of
 from veneer.targets import frozen, walk
+from veneer.trained_copy import TrainedCopy
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
@@ -43,6 +44,7 @@ _REPEATED = re.compile(r"\.(modules_to_save|original_module)\.bias$")
 def adapter_tensors(root: nn.Module, name: str, prefix: str = PREFIX) -> dict[str, Tensor]:
     """The named adapter's tensors under their names in a file."""
     keyed = _keyed(root, name)
+    prefix = _prefix(prefix, keyed)
     tensors = {
         f"{prefix}{key}.{tensor_name}": tensor.detach()
         for key, adapter in keyed
@@ -54,8 +56,8 @@ def adapter_tensors(root: nn.Module, name: str, prefix: str = PREFIX) -> dict[st
         tensors[f"{prefix}{key}_delta"] = adapter.bias_delta.detach()  # ours: the sum has lost its last bits
     shared = _shared(keyed)
     if shared is not None:
-        written = shared.to_file().items()
-        tensors |= {_above(prefix) + key: tensor.detach() for key, tensor in written if key not in shared.derived}
+        above, written = _above(prefix, shared), shared.to_file().items()
+        tensors |= {above + key: tensor.detach() for key, tensor in written if key not in shared.derived}
     return tensors
 
 
@@ -67,8 +69,9 @@ def fill(
     Raises:
         CheckpointError: Tensors are missing, unexpected or of another shape; lists all of them, and changes nothing.
     """
-    given = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if not _REPEATED.search(key)}
     keyed = _keyed(root, name)
+    prefix = _prefix(prefix, keyed)
+    given = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if not _REPEATED.search(key)}
     for key, adapter in keyed:
         if type(adapter).expect is not Adapter.expect:
             inner = f"{key}."
@@ -80,10 +83,11 @@ def fill(
     biases = dict(_with_bias(keyed))
     expected |= {key: _base_bias(adapter).shape for key, adapter in biases.items()}
     optional |= {f"{key}_delta" for key in biases}
-    shared, above = _shared(keyed), _above(prefix)
+    shared = _shared(keyed)
+    above = "" if shared is None else _above(prefix, shared)
     if shared is not None:
         expected |= {above + key: tensor.shape for key, tensor in shared.to_file().items()}
-        optional |= {above + key for key in shared.derived}
+        optional |= {above + key for key in shared.derived | shared.optional}
     extra = set(given) - set(expected) - optional
     base = _base_tensors(root, {key: given[key] for key in extra})
     problems = [f"missing {key} {tuple(expected[key])}" for key in expected if key not in given and key not in optional]
@@ -107,7 +111,7 @@ def fill(
         names = dict.fromkeys([*(tensor_name for tensor_name, _ in own), *adapter.optional])
         adapter.from_file({own_name: given[f"{key}.{own_name}"] for own_name in names if f"{key}.{own_name}" in given})
     if shared is not None:  # what was created without memory lies where the file was read
-        devices = [adapter.site.device for _, adapter, _ in adapters if adapter.site is not None]
+        devices = [adapter.device for _, adapter, _ in adapters if adapter.device is not None]
         if devices and devices[0].type != "meta":
             shared.to(devices[0])
     for _, adapter, _ in adapters:
@@ -177,19 +181,26 @@ def write(
             tensors[key] = tensor.clone()
         seen.add(tensor.data_ptr())
     own = {"sha256": checksum(tensors, base), "base": base} | ({"quantised": True} if quantised else {})
-    header = {"format": "pt", HEADER: json.dumps(own)}
-
-    def fill_tensors(path: Path) -> None:
-        try:
-            save_file(tensors, path, metadata=header)
-        except SafetensorError as error:
-            number = re.search(r"\(os error (\d+)\)", str(error))
-            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
-
     # The configuration comes last: a folder with one is a folder with an adapter.
     files.write_together(
-        {folder / WEIGHTS_NAME: fill_tensors, folder / CONFIG_NAME: lambda path: files.fill_text(path, text)}
+        {
+            folder / WEIGHTS_NAME: lambda path: fill_tensors(path, tensors, own),
+            folder / CONFIG_NAME: lambda path: files.fill_text(path, text),
+        }
     )
+
+
+def fill_tensors(path: Path, tensors: Mapping[str, Tensor], own: Mapping[str, Any]) -> None:
+    """Writes a safetensors file with a header of ours, as `read_file` gives it back.
+
+    Raises:
+        OSError: It could not be written.
+    """
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt", HEADER: json.dumps(own)})
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
 
 
 def _warn_if_resized(root: nn.Module, config: PeftConfig) -> None:
@@ -322,11 +333,9 @@ QUANTISED_TOLERANCE = 0.5
 
 def fingerprint(root: nn.Module, name: str) -> dict[str, list[float]]:
     """Some numbers of each adapted weight of the base model, by path."""
-    return {
-        key: [float(f"{value:.6g}") for value in _sample(wrapper).tolist()]
-        for key, wrapper, _ in _keyed_wrappers(root, name)
-        if wrapper.site is not None and wrapper.adapters[name].site is not None
-    }
+    # What is trained as a whole is in the file itself; a new head of the base is different in every process.
+    keyed = [entry for entry in _keyed_wrappers(root, name) if not isinstance(entry[2], TrainedCopy)]
+    return samples({key: site for key, wrapper, _ in keyed if (site := _known_weight(wrapper)) is not None})
 
 
 def check_base(root: nn.Module, name: str, header: Mapping[str, Any], where: str) -> None:
@@ -335,32 +344,76 @@ def check_base(root: nn.Module, name: str, header: Mapping[str, Any], where: str
     Raises:
         BaseMismatchError: So.
     """
+    keyed = [entry for entry in _keyed_wrappers(root, name) if entry[0] in (header.get("base") or {})]
+    quantised = _is_quantised(keyed)
+    sites = {key: site for key, wrapper, _ in keyed if (site := _known_weight(wrapper)) is not None}
+    check_weights(header, sites, where, quantised, f"this {type(root).__name__}")
+
+
+def check_weights(
+    header: Mapping[str, Any], sites: Mapping[str, Site], where: str, quantised: bool = False, whose: str = "this model"
+) -> None:
+    """Refuses an adapter file that was trained on other weights than those of these layers.
+
+    Args:
+        header: That of the file.
+        sites: The layers, by their names in files; those that the file does not know are passed over.
+        where: The file.
+        quantised: Whether the weights are quantised.
+        whose: What has the weights, for the message.
+
+    Raises:
+        BaseMismatchError: So.
+    """
     saved = header.get("base") or {}
-    keyed = [entry for entry in _keyed_wrappers(root, name) if entry[0] in saved]
-    own = [(key, wrapper) for key, wrapper, _ in keyed]
+    own = {key: site for key, site in sites.items() if key in saved}
     if not own:
         return
-    # Where a number is not finite, nothing can be compared but that it is so on both sides.
-    now = torch.cat([_sample(wrapper) for _, wrapper in own]).nan_to_num(0, 0, 0)
-    then = torch.tensor([value for key, _ in own for value in saved[key]]).nan_to_num(0, 0, 0)
-    difference = ((now - then).norm() / then.norm().clamp_min(1e-12)).item()
-    if difference > (QUANTISED_TOLERANCE if header.get("quantised") or _is_quantised(keyed) else TOLERANCE):
+    difference = distance(own, saved)
+    if difference > (QUANTISED_TOLERANCE if header.get("quantised") or quantised else TOLERANCE):
         raise BaseMismatchError(
             f"{where} was trained on another base model: the weights it adapts differ by {difference:.0%} "
-            f"from those of this {type(root).__name__}. Load the base that the adapter names "
+            f"from those of {whose}. Load the base that the adapter names "
             "(base_model_name_or_path), or pass check_base=False if you mean it."
         )
 
 
 def _is_quantised(keyed: Iterable[tuple[str, Adapted, Adapter]]) -> bool:
     """Whether the base model keeps an adapted weight quantised."""
-    return any(wrapper.site is not None and wrapper.site.store.quantised for _, wrapper, _ in keyed)
+    return any((site := _known_weight(wrapper)) is not None and site.store.quantised for _, wrapper, _ in keyed)
 
 
-def _sample(wrapper: Adapted) -> Tensor:
+def _known_weight(wrapper: Adapted) -> Site | None:
+    """The adapted weight; of a module that is no matrix, the first one in it."""
+    if wrapper.site is not None:
+        return wrapper.site
+    inner = (module for _, module in walk(wrapper.frozen_layer))
+    return next((site for module in inner if (site := site_of(module)) is not None), None)
+
+
+def distance(sites: Mapping[str, Site], saved: Mapping[str, list[float]]) -> float:
+    """How far frozen weights are from those of a fingerprint, relative to its length.
+
+    Args:
+        sites: The weights, by their key in the fingerprint.
+        saved: The fingerprint.
+    """
+    # Where a number is not finite, nothing can be compared but that it is so on both sides.
+    now = torch.cat([_sample(site) for site in sites.values()]).nan_to_num(0, 0, 0)
+    then = torch.tensor([value for key in sites for value in saved[key]]).nan_to_num(0, 0, 0)
+    if now.shape != then.shape:
+        return float("inf")
+    return float((now - then).norm() / then.norm().clamp_min(1e-12))
+
+
+def samples(sites: Mapping[str, Site]) -> dict[str, list[float]]:
+    """Some numbers of each frozen weight: its part of a fingerprint."""
+    return {key: [float(f"{value:.6g}") for value in _sample(site).tolist()] for key, site in sites.items()}
+
+
+def _sample(site: Site) -> Tensor:
     """Evenly spread elements of the frozen weight."""
-    assert wrapper.site is not None
-    weight = wrapper.site.store.read(wrapper.site.module, wrapper.site.name).reshape(-1)
+    weight = site.store.read(site.module, site.name).reshape(-1)
     return weight[:: max(1, weight.numel() // SAMPLES)][:SAMPLES].float().cpu()
 
 
@@ -402,9 +455,15 @@ def _shared(keyed: Iterable[tuple[str, Adapter]]) -> Shared | None:
     return next((adapter.shared for _, adapter in keyed if hasattr(adapter, "shared")), None)
 
 
-def _above(prefix: str) -> str:
+def _prefix(prefix: str, keyed: Iterable[tuple[str, Adapter]]) -> str:
+    """What names begin with: `peft` does not wrap the model for methods whose tensors stand above it."""
+    shared = _shared(keyed)
+    return prefix if shared is None or shared.above is None else prefix.removesuffix("model.")
+
+
+def _above(prefix: str, shared: Shared) -> str:
     """What the names of shared tensors begin with: in `peft` they lie beside the model."""
-    return prefix.removesuffix("model.")
+    return prefix.removesuffix("model.") if shared.above is None else shared.above
 
 
 def _with_bias(keyed: Iterable[tuple[str, Adapter]]) -> list[tuple[str, Adapter]]:

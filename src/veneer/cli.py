@@ -16,7 +16,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from veneer.allocation import keep_freed_memory
-from veneer.commands.arguments import many_options, parse, run_options
+from veneer.commands.arguments import many_options, parse, run_options, search_options, select_options
 from veneer.commands.usage import UsageError
 from veneer.errors import VeneerError, VeneerWarning
 from veneer.options import RunOptions
@@ -94,6 +94,32 @@ def _compare(chosen: Namespace) -> int:
     return 1 if done.failures else 0
 
 
+def _select(chosen: Namespace) -> None:
+    options, how = select_options(chosen)
+    _choose_allocation(options)
+    from veneer.selection.select import select, table
+
+    found = select(options, how, console=_console(sys.stderr))
+    _console().print(table(found))
+    for each in found.rounds:
+        name, value = each.score
+        kept = "" if each.kept is None else f", {each.kept:.0%} chosen before too"
+        print(f"round {each.number}: held-out {name} {value:.4f}{kept}")
+    print(f"Train it: veneer train --config {shlex.quote(found.config)} --output FOLDER")
+
+
+def _search(chosen: Namespace) -> None:
+    options, what = search_options(chosen)
+    _choose_allocation(options)
+    from veneer.selection.search import search
+    from veneer.selection.trials import table
+
+    found = search(options, what, console=_console(sys.stderr))
+    _console().print(table(found))
+    print(f"Report: {found.report}")
+    print(f"Train the best: veneer train --config {shlex.quote(found.config)} --output FOLDER")
+
+
 def _choose_allocation(options: RunOptions) -> None:
     """Keeps freed memory, unless a setting says that memory matters more than time: kept memory has gaps."""
     training = options.training
@@ -133,7 +159,15 @@ def _predict(chosen: Namespace) -> None:
 
     if chosen.texts and chosen.file:
         raise UsageError("Texts and --file were both given. Leave one out.")
-    answer = predictor(chosen.folder, max_new_tokens=chosen.max_new_tokens, temperature=chosen.temperature)
+    if chosen.combine != "probabilities" and not chosen.ensemble:
+        raise UsageError("--combine goes with --ensemble, which was not given.")
+    answer = predictor(
+        chosen.folder,
+        max_new_tokens=chosen.max_new_tokens,
+        temperature=chosen.temperature,
+        others=chosen.ensemble,
+        combine=chosen.combine,
+    )
     alone = len(chosen.texts) == 1
     for texts in _texts(chosen):
         for text, found in zip(texts, answer(texts), strict=True):
@@ -224,6 +258,8 @@ _COMMANDS: dict[str, Callable[[Namespace], int | None]] = {
     "train": _train,
     "compare": _compare,
     "estimate": _estimate,
+    "select": _select,
+    "search": _search,
     "evaluate": _evaluate,
     "predict": _predict,
     "merge": _merge,

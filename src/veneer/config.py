@@ -430,6 +430,8 @@ def _plain(value: Any, where: str) -> Any:
         return {entry.name: _plain(getattr(value, entry.name), where) for entry in dataclasses.fields(value)}
     if isinstance(value, set | frozenset):
         return sorted(value)
+    if isinstance(value, StrEnum):
+        return value.value
     if callable(value):
         raise ConfigError(
             f"{where}={getattr(value, '__qualname__', value)} is a function and cannot be written to a file. Name the "

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
+from enum import StrEnum
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from veneer.errors import ConfigError, nearest
+
+Kind = TypeVar("Kind", bound=StrEnum)
 
 
 def check(settings: Any) -> None:
@@ -59,6 +62,22 @@ def _hints(cls: type) -> dict[str, Any]:
         return get_type_hints(cls)
     except NameError:
         return {}
+
+
+def member(settings: Any, field: str, kinds: type[Kind]) -> Kind:
+    """The one of some names that a field has, in letters of either case, or as another library's enumeration.
+
+    Raises:
+        ConfigError: It has none of them.
+    """
+    value = getattr(settings, field)
+    name = str(getattr(value, "value", value)).upper()
+    if name not in list(kinds):
+        raise ConfigError(
+            f"{type(settings).__name__}: {field}={value!r}; one of {', '.join(kinds)} was expected."
+            + nearest(name, list(kinds))
+        )
+    return kinds(name)
 
 
 def _shown(hint: Any) -> str:

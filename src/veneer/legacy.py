@@ -4,7 +4,7 @@
 |---|---|---|
 | `peft` to 0.21 | `adapter_config.json` with `peft_type`; `adapter_model.safetensors`, `.bin` | methods that are here |
 | mlx-lm | `adapter_config.json` with `lora_parameters`; `adapters.safetensors` | LoRA and DoRA on linear layers |
-| AdapterHub | `adapter_config.json` with `config`; `adapter.safetensors` or `pytorch_adapter.bin` | LoRA and (IA)^3 |
+| AdapterHub | `adapter_config.json` with `config`; `adapter.safetensors` or `pytorch_adapter.bin` | see `adapterhub` |
 | loralib | a file of tensors named `....lora_A`, `....lora_B` | LoRA on linear, merged and embedding layers |
 
 `load` tells them apart. What has no exact counterpart here is refused, with the reason.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer import checkpoint, files
+from veneer import adapterhub, checkpoint, files
 from veneer.config import CONFIG_NAME, PeftConfig
-from veneer.errors import CheckpointError, ConfigError
+from veneer.errors import CheckpointError, ConfigError, VeneerWarning
 
 Loaded = tuple[PeftConfig, dict[str, Tensor], dict[str, Any]]
 """Configuration, tensors by their names in today's files, and header."""
@@ -78,7 +79,8 @@ def load(
         made = from_mlx(values, tensors, model, where=str(found.parent))
     elif isinstance(values.get("config"), Mapping):
         tensors, _ = checkpoint.read(source, allow_pickle=allow_pickle, safe=HUB_WEIGHTS, pickled=HUB_PICKLE, **hub)
-        made = from_adapterhub(values, tensors, model, where=str(found.parent))
+        made = from_adapterhub(values, tensors, model, where=str(found.parent), config=config)
+        made = _with_head(made, source, model, allow_pickle, hub)
     else:
         raise CheckpointError(
             f"{found} names no peft_type, and is the configuration of no other library that is known (mlx-lm, "
@@ -243,24 +245,68 @@ def from_mlx(
     return replace(config, lora_dropout=float(parameters.get("dropout", 0.0))), _prefixed(made)
 
 
-def from_adapterhub(
-    values: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module | None = None, where: str = "AdapterHub"
+def _with_head(
+    made: tuple[PeftConfig, dict[str, Tensor]],
+    source: str | Path,
+    model: nn.Module | None,
+    allow_pickle: bool,
+    hub: Mapping[str, Any],
 ) -> tuple[PeftConfig, dict[str, Tensor]]:
-    """LoRA or (IA)^3 of AdapterHub's `adapters`.
+    """An adapter of AdapterHub with the head that lies beside it, as a module that is trained whole.
+
+    A head without a counterpart is left out, with a warning: the adapter can be used without.
+    """
+    found = files.find(source, adapterhub.HEAD_CONFIG, required=False, **hub)
+    if not found.is_file():
+        return made
+    tensors, _ = checkpoint.read(
+        source, allow_pickle=allow_pickle, safe=adapterhub.HEAD_WEIGHTS, pickled=adapterhub.HEAD_PICKLE, **hub
+    )
+    head = adapterhub.head(_json(found), tensors, model)
+    if isinstance(head, str):
+        warnings.warn(f"{found}: the head of this adapter is left out: {head}.", VeneerWarning, stacklevel=4)
+        return made
+    module, own = head
+    return replace(made[0], modules_to_save=[module]), {**made[1], **_prefixed(own)}  # type: ignore[call-arg]
+
+
+def from_adapterhub(
+    values: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    model: nn.Module | None = None,
+    where: str = "AdapterHub",
+    config: PeftConfig | None = None,
+) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """An adapter of AdapterHub's `adapters`.
 
     Args:
         values: Its `adapter_config.json`.
         tensors: lora_A `(r, in)` and lora_B `(out, r)`; of (IA)^3 lora_B `(out, 1)` alone.
         model: The base model.
         where: For messages.
+        config: Says of which kind a ReFT adapter is, where its file does not.
 
     Raises:
         CheckpointError: It is another method, or has gates.
     """
     own: Mapping[str, Any] = values["config"]
+    if own.get("architecture") is None and "reduction_factor" in own:
+        other, named = adapterhub.bottleneck(values, tensors, model, where)
+        rule = named.pop("compacter_rule", None)
+        if rule is None:
+            return other, _prefixed(named)
+        # What all places have in common stands above the model in files.
+        return other, {
+            **_prefixed(named),
+            f"{checkpoint.PREFIX.removesuffix('model.')}compacter_rule": rule.contiguous(),
+        }
+    if own.get("architecture") == "reft":
+        other, named = adapterhub.reft(values, tensors, model, where, config)
+        return other, _prefixed(named)
     if own.get("architecture") != "lora":
         raise CheckpointError(
-            f"{where}: architecture {own.get('architecture')!r} of AdapterHub is not read here; LoRA and (IA)^3 are."
+            f"{where}: architecture {own.get('architecture')!r} of AdapterHub is not read here; LoRA, (IA)^3, "
+            "bottleneck adapters and ReFT are."
         )
     if own.get("use_gating"):
         raise CheckpointError(f"{where}: use_gating=True: gates that depend on the input have no counterpart here.")
@@ -278,8 +324,9 @@ def from_adapterhub(
         }
         # All are scaled after the layer, those of the feed-forward part too.
         targets = list(names.values())
-        config: PeftConfig = IA3Config(target_modules=targets, feedforward_modules=[], base_model_name_or_path=base)
-        return config, _prefixed(scaled)
+        return IA3Config(target_modules=targets, feedforward_modules=[], base_model_name_or_path=base), _prefixed(
+            scaled
+        )
     enabled = [matrix in own.get("attn_matrices", "qv") for matrix in "qkv"]
     ranks: dict[str, int] = {}
     factors: dict[str, float] = {}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from veneer.files import HUB_ARGUMENTS
 from veneer.method_strings import parse_method
 from veneer.replication import replicated, restore, settle
 from veneer.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
+
+if TYPE_CHECKING:
+    from veneer.prompts import Lengthened, Lengthening
 
 # Arguments of `peft` that say where loaded tensors go, or how they are fetched from a disk.
 PLACEMENT = frozenset(
@@ -126,8 +130,13 @@ class PeftModel(nn.Module):
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Runs the base model with the active adapters; `adapter_names` gives one adapter a row of the batch."""
-        with self._rows(adapter_names), self._noting(args, kwargs):
+        with (
+            self._rows(adapter_names),
+            self._prompted(args, kwargs) as (text, args, kwargs),
+            self._noting(args, kwargs),
+        ):
             output = self.base_model(*args, **kwargs)
+            output = output if text is None else text.finish(self._with_own_loss(output, text))
         return self._with_penalties(output) if self.training else output
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
@@ -138,8 +147,16 @@ class PeftModel(nn.Module):
             config = kwargs.get("generation_config") or self.get_base_model().generation_config
             for name in ("num_beams", "num_return_sequences"):
                 copies = max(copies, kwargs.get(name) or getattr(config, name, None) or 1)
-        with self._rows(adapter_names, copies), self._noting(args, kwargs):
-            return self.base_model.generate(*args, **kwargs)
+        with self._rows(adapter_names, copies), self._prompted(args, kwargs, True) as (text, args, kwargs):
+            if text is None:
+                with self._noting(args, kwargs, generating=True):
+                    return self.base_model.generate(*args, **kwargs)
+            from veneer.prompted_generation import Generation
+
+            generation = Generation(text)
+            kwargs = generation.settings(kwargs)
+            with self._noting(args, kwargs, generating=True), generation.running(kwargs.get("assistant_model")):
+                return generation.finish(self.base_model.generate(*args, **kwargs))
 
     @contextmanager
     def _rows(self, names: Sequence[str] | None, copies: int = 1) -> Iterator[None]:
@@ -156,14 +173,66 @@ class PeftModel(nn.Module):
             self.switch.rows, self.switch.copies = None, 1
 
     @contextmanager
-    def _noting(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        """Lets adapters that ask for it see what the model is called with."""
+    def _prompted(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], generating: bool = False
+    ) -> Iterator[tuple[Lengthened | None, tuple[Any, ...], dict[str, Any]]]:
+        """The model's inputs with what the adapters in use put before the text, and its positions moved by prefixes."""
+        how = self._lengthening()
+        if how is None:
+            yield None, args, kwargs
+            return
+        from veneer.positions import moved
+        from veneer.prompts import Lengthened
+
+        root = self.get_base_model()
+        alike = how.shift[0] if len(set(how.shift)) == 1 else None
+        with moved(root, how.shifts, alike) if any(how.shift) else nullcontext():
+            if not how.most:
+                yield None, args, kwargs
+                return
+            names = inspect.signature(root.forward).parameters
+            text = Lengthened(how, root, {**dict(zip(names, args, strict=False)), **kwargs}, generating)
+            yield text, (), text.inputs
+
+    def added(self) -> tuple[int, int]:
+        """How many virtual tokens the active adapters put before a text, and by how much others move its positions."""
+        how = self._lengthening()
+        return (0, 0) if how is None else (how.most, max(how.shift))
+
+    def _lengthening(self) -> Lengthening | None:
+        """What the adapters in use put before the text of each row; none where that is nothing."""
+        prompting = {name for name, config in self.peft_config.items() if config.is_prompt_learning}
+        if not prompting or not self.switch.enabled or self.switch.merged:
+            return None
+        rows = [self.switch.active] if self.switch.rows is None else [(name,) for name in self.switch.rows]
+        if prompting.isdisjoint(itertools.chain(*rows)):
+            return None
+        from veneer.prompts import Lengthening
+
+        tokens: dict[str, list[int]] = {}
+        labels: dict[str, list[int]] = {}
+        shift: dict[str, int] = {}
+        for name in prompting:
+            adapters = self._adapters(name).values()
+            tokens[name] = [i for adapter in adapters for i in getattr(adapter, "ids", ())]
+            labels[name] = [i for adapter in adapters for i in getattr(adapter, "labels", ())]
+            shift[name] = self._methods[name].shift(self.peft_config[name])
+        return Lengthening(
+            [[i for name in row for i in tokens.get(name, ())] for row in rows],
+            [[i for name in row for i in labels.get(name, ())] for row in rows],
+            [sum(shift.get(name, 0) for name in row) for row in rows],
+            getattr(getattr(self.get_base_model(), "config", None), "pad_token_id", None) or 0,
+        )
+
+    @contextmanager
+    def _noting(self, args: tuple[Any, ...], kwargs: dict[str, Any], generating: bool = False) -> Iterator[None]:
+        """Lets adapters that ask for it see what the model is called with, and whether to generate."""
         readers = {name: method for name, method in self._methods.items() if method.reads_inputs}
         if not readers:
             yield
             return
         names = inspect.signature(self.get_base_model().forward).parameters
-        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        inputs = {**dict(zip(names, args, strict=False)), **kwargs, "generating": generating}
         for name, method in readers.items():
             inputs |= method.note(inputs, self.peft_config[name])
         self.switch.inputs = inputs
@@ -178,6 +247,32 @@ class PeftModel(nn.Module):
     def _recomputes(self) -> bool:
         """Whether layers run again in the backward pass, where they need what the model was last called with."""
         return any(getattr(module, "gradient_checkpointing", False) for module in self.get_base_model().modules())
+
+    @property
+    def judges_logits(self) -> bool:
+        """Whether an active method has a loss of its own, which needs the logits of all tokens."""
+        return any(self._methods[name].loss.__func__ is not Adapter.loss.__func__ for name in self.switch.active)  # type: ignore[attr-defined]
+
+    def _with_own_loss(self, output: Any, text: Lengthened) -> Any:
+        """Puts the loss of a method that has one in place of the model's."""
+        if getattr(output, "loss", None) is None:
+            return output
+        rows = self.switch.rows
+        names = set(self.switch.active if rows is None else rows)
+        losses: dict[str, Tensor] = {}
+        for name in names.intersection(self._methods):
+            adapters = list(self._adapters(name).values())
+            loss = self._methods[name].loss(adapters, self.peft_config[name], output, text)
+            if loss is not None:
+                losses[name] = loss
+        if len(losses) > 1 or (losses and rows is not None and len(names) > 1):
+            raise UnsupportedError(
+                f"{min(losses)!r} has a loss of its own, which is not that of {sorted(names - {min(losses)})}: one "
+                "batch has one loss. Run them one after the other, or without labels."
+            )
+        for loss in losses.values():
+            output.loss = loss
+        return output
 
     def _with_penalties(self, output: Any) -> Any:
         """Adds the terms that active methods put into the loss; the model's loss is the sum, as in `peft`."""
@@ -465,11 +560,28 @@ class PeftModel(nn.Module):
         combination_type: str = "svd",
         **how: Any,
     ) -> None:
-        """Adds a LoRA adapter that combines others; see `veneer.combine.weighted.combine`."""
+        """Adds an adapter that combines others.
+
+        LoRA adapters as in `veneer.combine.weighted.combine`; sparse ones with `combination_type="linear"`, which keeps
+        their sum exactly (`veneer.combine.sparse.combine`).
+
+        Raises:
+            ConfigError: The arguments do not fit each other.
+            UnsupportedError: The adapters have no combination.
+        """
+        from veneer.combine import sparse
         from veneer.combine.weighted import combine
 
         self._known(adapters)
         self._unmerged("combine adapters")
+        if adapters and sparse.is_sparse(self, adapters):
+            if combination_type != "linear" or how:
+                raise ConfigError(
+                    f"combination_type={combination_type!r}{', ' * bool(how)}{', '.join(how)}: sparse adapters are added "
+                    "entry by entry, without a rank or pruning. Pass combination_type='linear' alone."
+                )
+            sparse.combine(self, adapters, weights, adapter_name)
+            return
         combine(self, adapters, weights, adapter_name, combination_type, **how)
 
     # Files
@@ -607,8 +719,8 @@ class PeftModel(nn.Module):
         root = self.get_base_model()
         if check_base:
             checkpoint.check_base(root, name, header, where)
-        checkpoint.fill(root, name, tensors, where=where)
         self.peft_config[name].inference_mode = not trainable
+        checkpoint.fill(root, name, tensors, where=where)
         self._train([name] if trainable and name in self.switch.active else (), [name])
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> None:

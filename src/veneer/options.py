@@ -118,6 +118,68 @@ class RunOptions:
 
 
 @dataclass
+class SelectOptions:
+    """What `veneer select` is told beside the run whose method it chooses for.
+
+    Args:
+        criterion: What makes a weight worth training: magnitude, gradient, snip, fisher, movement, quantization or
+            random. None takes the method's own, and snip where it has none.
+        examples: How many training examples are looked at.
+        level: What gets a score in the file: parameter, neuron or module. None takes what the method needs.
+        scores: A file of scores to choose by, instead of scoring.
+        keep_layers: Adapt only so many of the best layers.
+        keep_modules: Adapt only so many of the best modules.
+        min_rank: Lowest rank that a module gets where ranks are chosen; with 0 it may be left out.
+        max_rank: Highest rank; four times that of the method if none.
+        refine: How often to score, choose, train briefly and evaluate; 0 scores and chooses once.
+        round_epochs: How long each of these trains, unless the training section says `max_steps`.
+    """
+
+    criterion: str | None = None
+    examples: int = 256
+    level: Literal["parameter", "neuron", "module"] | None = None
+    scores: str | None = None
+    keep_layers: int | None = None
+    keep_modules: int | None = None
+    min_rank: int = 1
+    max_rank: int | None = None
+    refine: int = 0
+    round_epochs: float = 1.0
+
+
+@dataclass
+class SearchOptions:
+    """What `veneer search` looks through.
+
+    Args:
+        methods: Method strings or mappings. What they set is kept; rank, targets and learning rate are searched where
+            they do not set them.
+        trials: How many finished trials the study is to have, those of other processes counted.
+        ranks: For methods that have a rank.
+        densities: For methods that train a share of the entries.
+        reductions: For methods with a bottleneck.
+        targets: What `target_modules` may be; a method's own default is always one of them.
+        rates: Lowest and highest learning rate; from a quarter of the method's own to four times it if none. Where the
+            training section sets a learning rate, it is kept.
+        storage: A file, or the URL of a database, that several processes or machines share; none keeps the study in
+            the output folder.
+        study: Its name there.
+        prune: Stop trials whose held-out score falls behind that of the others at the same step.
+    """
+
+    methods: list[str | dict[str, Any]]
+    trials: int = 20
+    ranks: list[int] = field(default_factory=lambda: [2, 4, 8, 16, 32])
+    densities: list[float] = field(default_factory=lambda: [0.001, 0.003, 0.01, 0.03])
+    reductions: list[int] = field(default_factory=lambda: [8, 16, 32, 64])
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    rates: list[float] | None = None
+    storage: str | None = None
+    study: str = "veneer"
+    prune: bool = True
+
+
+@dataclass
 class RunResult:
     """What a finished run reports; written to `results.json` in the output folder.
 

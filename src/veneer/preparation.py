@@ -8,7 +8,7 @@ layers; or backward too, for the gradients of their frozen weights. The base mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -34,7 +34,7 @@ _PROBE = "_probe"  # adapters cannot have a name like this
 
 
 def prepare(
-    model: PeftModel, batches: Iterable[Any], adapter_name: str | None = None, *, loss: Loss | None = None
+    model: PeftModel, batches: Iterable[Any] = (), adapter_name: str | None = None, *, loss: Loss | None = None
 ) -> None:
     """Lets adapters that need data see it; those that need none are left as they are.
 
@@ -42,7 +42,8 @@ def prepare(
         model: The adapted model, before training.
         batches: What the model is called with, a batch at a time: mappings of arguments, tuples of them, or single
             tensors; moved to the model's device. Methods may go through them several times; an iterator is read into
-            a list for that. Methods that need gradients need labels in them, or `loss`.
+            a list for that. Methods that need gradients need labels in them, or `loss`. None are needed for scores from a
+            file.
         adapter_name: The adapter; the active ones if none.
         loss: Loss of the model on a batch; none takes the one that the model gives.
 
@@ -114,6 +115,7 @@ class Run:
         batches: As in `prepare`.
         loss: As in `prepare`.
         call: How the model is called with a batch where only the forward pass is wanted; none for the usual ways.
+        below: Adapters that stay in use all the same; what is shown of a weight is then as they have changed it.
 
     Attributes:
         batch: The batch, or with `each_example` the row of it, that is running; on the model's device.
@@ -126,12 +128,14 @@ class Run:
         batches: Iterable[Any],
         loss: Loss | None = None,
         call: Callable[[nn.Module, Any], Any] | None = None,
+        below: Sequence[str] = (),
     ) -> None:
         self.model = model
         self.places = places
         self.batches = list(batches) if isinstance(batches, Iterator) else batches
         self.loss = loss or _own_loss
         self.call = call or _call
+        self.below = tuple(below)
         self.batch: Any = None
 
     def forward(self, until: Callable[[], bool] | None = None) -> int:
@@ -282,7 +286,7 @@ class Run:
                 parameter.requires_grad_(False)
             for path, probe in probes.items():
                 self.places[path].adapters[_PROBE] = probe
-            switch.enabled, switch.active = True, (_PROBE,)
+            switch.enabled, switch.active = True, (*self.below, _PROBE)
             yield
         finally:
             switch.enabled, switch.active = before

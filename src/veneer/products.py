@@ -53,7 +53,7 @@ def add_low_rank(x: Tensor, y: Tensor, matrix: LowRank) -> Tensor:
         matrix: The thin matrices, in one type; x is brought to it.
     """
     x = x.to(matrix.down.device, matrix.down.dtype)
-    if not _by_hand(x):
+    if not allowed_by_hand(x):
         return y + (matrix.scale * F.linear(F.linear(x, matrix.down), matrix.up)).to(y.dtype)
     flat = _Add.apply(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), matrix.down, matrix.up, matrix.scale)
     return flat.view(y.shape)
@@ -78,7 +78,7 @@ def run_layers(
 def runs_by_hand(site: LinearSite, x: Tensor, down: Tensor) -> bool:
     """Whether the layer may be run by `run_layers` for this input: it is frozen, and nothing else happens in it."""
     layer = site.module
-    if not site.is_plain or is_hooked(layer) or not _by_hand(x):
+    if not site.is_plain or is_hooked(layer) or not allowed_by_hand(x):
         return False
     trained = any(tensor is not None and tensor.requires_grad for tensor in layer._parameters.values())
     return not trained and x.device == down.device == site.device and x.dtype == site.dtype
@@ -90,7 +90,8 @@ def is_hooked(layer: nn.Module) -> bool:
     return any(hooks) or "forward" in vars(layer)
 
 
-def _by_hand(x: Tensor) -> bool:
+def allowed_by_hand(x: Tensor) -> bool:
+    """Whether functions with a backward pass of their own may be used now."""
     # Compilers fuse better what they can see; autocast and the transforms of torch.func follow plain operations only.
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return False

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from veneer import quantization
 from veneer.adapted import Adapted
 from veneer.errors import ConfigError
 from veneer.sites import site_of
-from veneer.stores import quantised_store
+from veneer.stores import int8_kernels, quantised_store
+from veneer.stores.int8 import Int8Linear
 from veneer.targets import HEADS, walk
 
 
@@ -137,19 +139,84 @@ def convert(model: nn.Module, name: str | None) -> None:
     form = FORMS[name] if name is not None else Form()
     if form.layer is None:
         return
-    plain = form.settings is None
+    for path in _convertible(model, plain=form.settings is None):
+        parent, _, leaf = path.rpartition(".")
+        owner = model.get_submodule(parent)
+        owner._modules[leaf] = form.layer(owner._modules[leaf])
+
+
+def _convertible(model: nn.Module, plain: bool) -> list[str]:
+    """Layers that are converted after loading, of those that are plain or of those that are quantised."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
     count: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
             count[id(parameter)] = count.get(id(parameter), 0) + 1
-    for path, module in list(walk(model)):
-        if type(module) is not nn.Linear if plain else quantised_store(module) is None:
-            continue
-        if module is output or path.partition(".")[0] in HEADS or count[id(module.weight)] > 1:
-            continue
-        parent, _, leaf = path.rpartition(".")
-        model.get_submodule(parent)._modules[leaf] = form.layer(module)
+    return [
+        path
+        for path, module in walk(model)
+        if (type(module) is nn.Linear if plain else quantised_store(module) is not None)
+        and not (module is output or path.partition(".")[0] in HEADS or count[id(module.weight)] > 1)
+    ]
+
+
+def quantised_paths(model: nn.Module, name: str, settings: Any = None) -> list[str]:
+    """The layers that a form quantises.
+
+    Args:
+        model: A plain model, perhaps on the meta device. Of packages that put their own layers in it before weights are
+            read, it has them afterwards.
+        name: The form.
+        settings: What `loading_settings` gave for it.
+    """
+    if name == "int8":
+        return quantization.quantisable(model)
+    if not settings:
+        return _convertible(model, plain=True)
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    quantizer = AutoHfQuantizer.from_config(settings["quantization_config"], pre_quantized=False)
+    quantizer.preprocess_model(model, device_map=None)
+    linears = [path for path, module in walk(model) if isinstance(module, nn.Linear)]
+    return [path for path in linears if quantizer.param_needs_quantization(model, f"{path}.weight")]
+
+
+def quantised_layer(name: str, linear: nn.Linear) -> nn.Module:
+    """One plain layer as it is in a model of this form; in `int8` without exact columns."""
+    form = FORMS[name]
+    if name == "int8":
+        return Int8Linear.from_linear(linear, bits=int8_kernels.weight_bits())
+    layer: nn.Module = linear
+    if form.settings is not None:
+        settings = form.settings(linear.weight.dtype, None)
+        layer = _by_torchao(linear, settings) if form.package == "torchao" else _by_bits_and_bytes(linear, settings)
+    return layer if form.layer is None else form.layer(layer)
+
+
+def _by_torchao(linear: nn.Linear, settings: Any) -> nn.Module:
+    from torchao.quantization import quantize_
+
+    holder = nn.Sequential(linear)
+    quantize_(holder, settings.quant_type)
+    return holder[0]
+
+
+def _by_bits_and_bytes(linear: nn.Linear, settings: Any) -> nn.Module:
+    import bitsandbytes as bnb
+
+    size = (linear.in_features, linear.out_features, linear.bias is not None)
+    layer: nn.Module
+    if settings.load_in_8bit:
+        layer = bnb.nn.Linear8bitLt(*size, has_fp16_weights=False, threshold=settings.llm_int8_threshold)
+    else:
+        layer = bnb.nn.Linear4bit(
+            *size,
+            compute_dtype=settings.bnb_4bit_compute_dtype,
+            compress_statistics=settings.bnb_4bit_use_double_quant,
+            quant_type=settings.bnb_4bit_quant_type,
+        )
+    layer.to(linear.weight.dtype).load_state_dict(linear.state_dict())
+    return layer.requires_grad_(False).to(linear.weight.device)
 
 
 def prepare_model_for_kbit_training(

@@ -177,6 +177,13 @@ def quantize(
     return result
 
 
+def quantisable(model: nn.Module) -> list[str]:
+    """The layers that `quantize` converts where nothing is measured."""
+    layers = dict(_linears(model))
+    reasons = _reasons(model, layers, ())
+    return [path for path in layers if path not in reasons]
+
+
 def _measured(
     model: nn.Module,
     layers: dict[str, nn.Module],

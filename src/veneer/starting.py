@@ -271,7 +271,7 @@ def replace_lora_weights_loftq(
         model_path = getattr(getattr(base, "config", None), "name_or_path", "")
         if not model_path or not Path(model_path).is_dir():
             raise CheckpointError(f"The model comes from no folder here ({model_path!r}). Name it in model_path.")
-    weights = _Weights(Path(model_path), getattr(base, "base_model_prefix", ""))
+    weights = Weights(Path(model_path), getattr(base, "base_model_prefix", ""))
     done = False
     for path, wrapper in places_of(peft_model, adapter_name).items():
         site, adapter = wrapper.site, wrapper.adapters[adapter_name]
@@ -295,7 +295,7 @@ def replace_lora_weights_loftq(
         raise StateError("No adapted weight differs from those in the file: the model is not quantised.")
 
 
-class _Weights:
+class Weights:
     """Single tensors out of a model's safetensors files."""
 
     def __init__(self, path: Path, inner: str) -> None:

@@ -99,7 +99,8 @@ def exactly(paths: Sequence[str], modules: Iterable[str]) -> list[str] | str:
     """
     wanted = set(paths)
     names = dict.fromkeys(path.rpartition(".")[2] for path in paths)
-    if all(path in wanted for path in modules if path.rpartition(".")[2] in names):
+    numbers = any(name.isdigit() for name in names)  # of elements of a list, which say little on their own
+    if not numbers and all(path in wanted for path in modules if path.rpartition(".")[2] in names):
         return list(names)
     clear = all(path in wanted or wanted.isdisjoint(_suffixes(path)) for path in modules)
     return list(paths) if clear else "|".join(re.escape(path) for path in paths)
@@ -131,12 +132,21 @@ def input_embedding(root: nn.Module, modules: Mapping[str, nn.Module]) -> str | 
     return next((path for path, other in modules.items() if other is found), None)
 
 
+def output_embedding(root: nn.Module, modules: Mapping[str, nn.Module]) -> str | None:
+    """Path of the layer that turns hidden states into scores of tokens; none where the model has none."""
+    module = getattr(root, "get_output_embeddings", lambda: None)()
+    found = None if module is None else frozen(module)
+    return next((path for path, other in modules.items() if other is found), None)
+
+
 def _choose(targets: Any, modules: Mapping[str, nn.Module], root: nn.Module, config: ModuleConfig) -> Iterable[str]:
     if callable(targets):
         return [path for path, module in modules.items() if targets(path, module)]
     if is_shorthand(targets):
         word = targets.lower()
-        return _all_linear(modules, root, config) if word == ALL_LINEAR else structure.place(word, modules)
+        if word == ALL_LINEAR:
+            return _all_linear(modules, root, config)
+        return structure.place(word, modules, input_embedding(root, modules) if word == "embedding-output" else None)
     if isinstance(targets, str):
         try:
             expression = re.compile(targets)
@@ -159,6 +169,13 @@ def _all_linear(modules: Mapping[str, nn.Module], root: nn.Module, config: Modul
         for path, module in modules.items()
         if structure.is_linear(module) and module is not output and path.partition(".")[0] not in heads
     ]
+
+
+def names(targets: Sequence[str] | str, path: str) -> bool:
+    """Whether a list of names, or an expression for whole paths, means this path."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, path) is not None
+    return any(suffix in targets for suffix in _suffixes(path))
 
 
 def _suffixes(path: str) -> list[str]:
@@ -200,7 +217,7 @@ def _layer_of(path: str, config: ModuleConfig) -> int | None:
     patterns = config.layers_pattern
     patterns = [patterns] if isinstance(patterns, str) else patterns or [r"[^.]+"]
     # The first number counts: in "layers.3.experts.0" the layer is 3.
-    found = (re.match(rf"(?:.*?\.)??(?:{pattern})\.(\d+)\.", path) for pattern in patterns)
+    found = (re.match(rf"(?:.*?\.)??(?:{pattern})\.(\d+)(?:\.|$)", path) for pattern in patterns)
     return next((int(m.group(1)) for m in found if m), None)
 
 

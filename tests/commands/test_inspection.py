@@ -8,11 +8,20 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, MixtralConfig
+from tokenizers import Tokenizer, models
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    PreTrainedTokenizerFast,
+)
 
 from veneer.commands.inspection import AdapterReport, TensorEntry, fold_tensors, inspect
 from veneer.commands.model_tree import ModelReport, Node, inspect_model
 from veneer.errors import CheckpointError, ConfigError, TargetError
+from veneer.functional import get_peft_model_state_dict
 from veneer.model import get_peft_model
 
 WIDTH, LAYERS = 16, 3
@@ -223,3 +232,51 @@ def test_a_target_that_matches_nothing_gets_the_nearest_name(bert: str) -> None:
 def test_an_unknown_method_or_task(bert: str, arguments: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         inspect_model(bert, **arguments)
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> str:
+    """A model's folder with weights, and a tokenizer of whole words."""
+    folder = tmp_path / "words"
+    torch.manual_seed(0)
+    settings = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    LlamaForCausalLM(LlamaConfig(vocab_size=8, **settings)).save_pretrained(folder)
+    names = ["?", "good", "bad", "film", "song", "dull", "fine", "long"]
+    plain = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="?"))
+    PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="?").save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_prompt_is_shown_in_words(words: str, tmp_path: Path) -> None:
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(words), "prompt_tuning:num_virtual_tokens=2")
+    table = model.get_input_embeddings().base_layer.weight
+    (prompt,) = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        prompt.copy_(torch.stack([2 * table[3], table[6] + 0.9 * table[2]]))
+    model.save_pretrained(tmp_path / "prompt")
+    report = inspect(str(tmp_path / "prompt"))
+    assert isinstance(report, AdapterReport)
+    first, second = report.to_dict()["nearest"]["prompt"]
+    assert first[0] == ("film", 1.0)
+    assert [word for word, _ in second[:2]] == ["fine", "bad"]
+    cosines = torch.nn.functional.cosine_similarity(prompt[1], table)
+    assert second[1][1] == pytest.approx(cosines[2].item(), abs=1e-3)
+    assert "film 1.00" in shown(report)
+    config = json.loads((tmp_path / "prompt" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "gone")
+    (tmp_path / "prompt" / "adapter_config.json").write_text(json.dumps(config))
+    assert "gone cannot be read on this machine" in " ".join(shown(inspect(str(tmp_path / "prompt"))).split())
+
+
+def test_of_a_multitask_prompt_every_task_is_shown(words: str, tmp_path: Path) -> None:
+    method = "multitask_prompt_tuning:num_virtual_tokens=2,num_tasks=2"
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(words), method)
+    model.save_pretrained(tmp_path / "prompt")
+    given = get_peft_model_state_dict(model)
+    columns, rows = given["prefix_task_cols"], given["prefix_task_rows"]
+    effective = given["prompt_embeddings"] * (columns[1] @ rows[1])
+    cosines = torch.nn.functional.cosine_similarity(effective[0], model.get_input_embeddings().base_layer.weight)
+    report = inspect(str(tmp_path / "prompt"))
+    assert isinstance(report, AdapterReport)
+    assert report.nearest["task 1"][0][0][1] == pytest.approx(cosines.max().item(), abs=1e-3)
+    assert list(report.nearest) == ["task 0", "task 1"]

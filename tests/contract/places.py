@@ -58,6 +58,18 @@ class Matrix(nn.Module):
         return torch.tanh(x @ self.table.t())
 
 
+class FeedForward(nn.Module):
+    """A module that is no matrix, of which the width is seen from its last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 12)
+        self.down = nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
 class Experts(nn.Module):
     """Stacked expert weights, one expert a row of the input."""
 
@@ -136,6 +148,7 @@ SPOTS = [
     Spot("LayerNorm", "norm", lambda: nn.LayerNorm(8), _image(5, 8)),
     Spot("RMSNorm", "norm", lambda: RMSNorm(8), _image(5, 8)),
     Spot("GroupNorm", "norm", lambda: nn.GroupNorm(2, 6), _image(6, 5)),
+    Spot("module", "module", FeedForward, _image(5, 8)),
     Spot("parameter", "parameter", Matrix, _image(5, 8), "table"),
     Spot("experts", "parameter", lambda: Experts(False), _image(4, 8), "stack"),
     Spot("experts, transposed", "parameter", lambda: Experts(True), _image(4, 8), "stack"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import ChainMap
 from typing import Any
 
 import pytest
@@ -201,7 +202,8 @@ def test_stacking_is_composition(name: str, settings: dict[str, Any], spot: Spot
     lower, upper = the_adapter(model), the_adapter(model, "above")
     layer = model.get_base_model().layer.frozen_layer
     together = model(x)
-    by_hand = upper(x, Base(layer, upper.site, [lower]))
+    notes = {name: type(the_adapter(model, name)).note({}, config) for name, config in model.peft_config.items()}
+    by_hand = upper(x, Base(layer, upper.site, [lower], inputs=dict(ChainMap(*notes.values()))))
     torch.testing.assert_close(together, by_hand, **TIGHT)
     if isinstance(lower, WeightAdapter) and isinstance(upper, WeightAdapter):
         site = lower.site

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,13 +11,17 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny
-from veneer import get_peft_model, parse_method
+from veneer import get_peft_model, parse_method, quantised_bases
 from veneer.errors import ConfigError
-from veneer.evaluation import simulation
+from veneer.evaluation import outlines, simulation
 from veneer.evaluation.estimates import Estimate, _batch, estimate
 from veneer.options import DataOptions, ModelOptions, OutputOptions, RunOptions
+from veneer.quantization import quantize
+from veneer.stores import quantised_store
+from veneer.training.models import load_model
 
 METHODS = ["lora:target_modules=all-linear", "dora:target_modules=all-linear", "bitfit", "ia3", "full"]
 
@@ -76,6 +81,56 @@ def test_a_step_without_numbers_needs_what_one_with_numbers_needs(method: str) -
     assert predicted.peak.total() == pytest.approx(measured.peak.total(), rel=0.02)
     assert predicted.flops == measured.flops
     assert predicted.peak["gradients"] == measured.peak["gradients"]
+
+
+BITS = {
+    "int8": 8, "nf4": 4, "fp4": 4, "nf4-int8": 4, "bnb-int8": 8, "torchao-int8": 8, "torchao-int4": 8, "hqq-8": 8,
+    "hqq-4": 4,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("quantised")
+    tiny.llama(hidden_size=64, intermediate_size=128, max_position_embeddings=64).save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("form", BITS)
+def test_quantised_layers_without_numbers_need_what_those_with_numbers_need(form: Any, plain: str) -> None:
+    options = RunOptions(
+        "causal-lm", ModelOptions(plain, dtype="float32", quantize=form), DataOptions(""), OutputOptions("")
+    )
+    base: Any = load_model(options.model, "causal-lm", [])[0]  # type: ignore[arg-type]
+    if form == "int8":
+        quantize(base)
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(base.config)
+    settings = quantised_bases.loading_settings(form, "float32", False, LlamaConfig())
+    outlines.load(form, torch.device("cpu"))
+    outlines.replace(empty, quantised_bases.quantised_paths(empty, form, settings), form, torch.device("cpu"))
+    layers = {path for path, module in base.named_modules() if quantised_store(module) is not None}
+    assert {path for path, module in empty.named_modules() if isinstance(module, outlines.OutlineLinear)} == layers
+    found = [module for module in empty.modules() if isinstance(module, outlines.OutlineLinear)]
+    least = sum(module.in_features * module.out_features for module in found) * BITS[form] / 8
+    kept = sum(module.kept.numel() for module in found)
+    assert least <= kept < 1.4 * least + 1100 * len(found)  # scales, and a table of 256 for each layer
+    # IA3 calls the layer itself, which may go another way than the products that its store has for LoRA.
+    for method, near in (("lora:target_modules=all-linear", 0.001), ("ia3", 0.1)):
+        real = get_peft_model(base, parse_method(method)).train()
+        with torch.device("meta"):
+            shadow = get_peft_model(copy.deepcopy(empty), parse_method(method), low_cpu_mem_usage=True).train()
+        assert shadow.get_nb_trainable_parameters()[0] == real.get_nb_trainable_parameters()[0]
+        simulation.step(
+            real, loss_of(real, "cpu")
+        )  # ways of multiplying are tried, layers of one input find each other
+        measured = simulation.step(real, loss_of(real, "cpu"))
+        with simulation.shadows(shadow, torch.device("cpu")):
+            shadow(input_ids=torch.ones((3, 2), dtype=torch.long))
+            predicted = simulation.step(shadow, loss_of(shadow, "cpu"))
+        assert predicted.peak.total() == pytest.approx(measured.peak.total(), rel=near)
+        assert predicted.seconds(torch.device("cpu")) > 0  # every operation can be done
+        real.unload()
 
 
 def test_memory_and_operations_of_a_product_by_hand() -> None:

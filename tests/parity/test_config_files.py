@@ -54,6 +54,7 @@ VARIANTS: dict[str, Any] = {
     "velora_config": {"num_groups": 8, "init_type": "random"},
     "alora_invocation_tokens": [3, 4],
     "kasa_config": {"beta": 0.5, "gamma": 0.0},
+    "arrow_config": {"top_k": 2, "use_gks": True},
 }
 
 # Settings of starting values, by the one that they belong to.
@@ -65,7 +66,7 @@ STARTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 NOT_YET: dict[str, Any] = {
-    "arrow_config": {"top_k": 2},
+    "megatron_config": {"tensor_model_parallel_size": 2},
 }
 
 

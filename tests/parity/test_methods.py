@@ -136,7 +136,7 @@ def test_ten_steps(method: str, family: str, changes: dict[str, Any]) -> None:
     "peft_type", sorted({cls.peft_name for _, cls, _ in methods()} & set(PEFT_TYPE_TO_CONFIG_MAPPING))
 )
 def test_configurations_have_the_same_fields_and_defaults(peft_type: str) -> None:
-    needed = {"total_step": 10} if peft_type == "ADALORA" else {}
+    needed = {"ADALORA": {"total_step": 10}, "CPT": {"task_type": "CAUSAL_LM"}}.get(peft_type, {})
     here = next(cls for _, cls, _ in methods() if cls.peft_name == peft_type)(**needed)
     there = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type](**needed)
     # Fields that peft does not know are in no file unless they are set: it warns of them.

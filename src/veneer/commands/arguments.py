@@ -5,15 +5,16 @@ up the fields of `transformers.TrainingArguments` and the registered methods.
 """
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
 from veneer import __version__
 from veneer.commands.usage import UsageError, plain, usage_error
 from veneer.errors import ConfigError
-from veneer.options import DataOptions, ModelOptions, OutputOptions, RunOptions, Task
+from veneer.options import DataOptions, ModelOptions, OutputOptions, RunOptions, SearchOptions, SelectOptions, Task
 
 
 class _Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -34,7 +35,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Namespace]:
     arguments = list(arguments)
     command = next((argument for argument in arguments if not argument.startswith("-")), "")
     parser, subparsers = build()
-    if command in ("train", "compare", "estimate"):
+    if command in ("train", "compare", "estimate", "select", "search"):
         arguments = _expand_short_forms(arguments)
     try:
         parsed = parser.parse_args(arguments)
@@ -72,7 +73,7 @@ def build() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     return parser, subparsers
 
 
-def run_options(arguments: Namespace) -> RunOptions:
+def run_options(arguments: Namespace, command: str = "train") -> RunOptions:
     """The options of `veneer train`, every value of the type that its field declares.
 
     Raises:
@@ -87,7 +88,7 @@ def run_options(arguments: Namespace) -> RunOptions:
         parse_method(options.method)
         options.training = check(arguments.training, options.output)
     except ConfigError as error:
-        raise UsageError(f"{plain(str(error))} Try: veneer train --help") from error
+        raise UsageError(f"{plain(str(error))} Try: veneer {command} --help") from error
     return options
 
 
@@ -107,6 +108,37 @@ def many_options(arguments: Namespace) -> tuple[RunOptions, list[str | dict[str,
     except ConfigError as error:
         raise UsageError(f"{plain(str(error))} Try: veneer compare --help") from error
     return options, methods
+
+
+def select_options(arguments: Namespace) -> tuple[RunOptions, SelectOptions]:
+    """The options of `veneer select`: those of the run, and how to choose.
+
+    Raises:
+        UsageError: As for `run_options`.
+    """
+    how = {entry.name: getattr(arguments, entry.name) for entry in dataclasses.fields(SelectOptions)}
+    return run_options(arguments, "select"), SelectOptions(**how)
+
+
+def search_options(arguments: Namespace) -> tuple[RunOptions, SearchOptions]:
+    """The options of `veneer search`: those of the runs, and what to look through.
+
+    Raises:
+        UsageError: A method or a training setting is unknown or of the wrong type.
+    """
+    from veneer.method_strings import parse_method
+    from veneer.training.arguments import check
+
+    what = SearchOptions(**{entry.name: getattr(arguments, entry.name) for entry in dataclasses.fields(SearchOptions)})
+    what.methods = [method if isinstance(method, str) else dict(method) for method in what.methods]
+    options = _options(arguments)
+    try:
+        for method in what.methods:
+            parse_method(method)
+        options.training = check(arguments.training, options.output)
+    except ConfigError as error:
+        raise UsageError(f"{plain(str(error))} Try: veneer search --help") from error
+    return options, what
 
 
 def _options(arguments: Namespace) -> RunOptions:
@@ -192,6 +224,58 @@ def _estimate(parser: ArgumentParser) -> None:
             action.required, action.default = False, ""
 
 
+def _select(parser: ArgumentParser) -> None:
+    """veneer select --task TASK --model NAME --data FILE --output FOLDER [--method METHOD] [options of train]
+
+    Score the weights of a model on real batches and choose what of it a method trains: single entries for sparse,
+    fish_mask, gps and snip, ranks by module for lora, the best layers or modules (--keep_layers, --keep_modules) for
+    any method on modules. Writes the scores, a picture of them, and train.yaml, which `veneer train` takes.
+
+    examples:
+      veneer select --task classification --model minilm --data movie-sentiment --output outputs/fish \\
+          --method fish_mask:density=0.005
+      veneer train --config outputs/fish/train.yaml --output outputs/fish-trained
+      veneer select --task classification --model minilm --data movie-sentiment --output outputs/ranks \\
+          --method lora:r=8,target_modules=all-linear --criterion fisher --refine 3
+    """
+    parser.add_argument("--config", action="config", metavar="FILE", help="YAML file with any of the settings below.")
+    parser.add_class_arguments(SelectOptions)
+    _add_run(parser)
+
+
+def _search(parser: ArgumentParser) -> None:
+    """veneer search --task TASK --model NAME --data FILE --output FOLDER --methods METHOD ... [options of train]
+
+    Look for the best method, rank, targets and learning rate by held-out score, on one base model that is loaded once.
+    Trials that fall behind are stopped early. Started again, or on several machines with one --storage, it goes on with
+    the same study. Writes best.yaml, which `veneer train` takes, and a report with the trade-off of score and size.
+
+    examples:
+      veneer search --task classification --model minilm --data movie-sentiment --output outputs/search \\
+          --methods lora bitfit houlsby fish_mask --trials 20 --training.num_train_epochs 3
+      veneer search --config search.yaml --storage postgresql://user@host/studies --study reviews
+    """
+    parser.add_argument("--config", action="config", metavar="FILE", help="YAML file with any of the settings below.")
+    parser.add_class_arguments(SearchOptions, skip={"methods", "ranks", "densities", "reductions", "targets", "rates"})
+    parser.add_argument(
+        "--methods", type=str | dict[str, Any], nargs="+", required=True, metavar="METHOD",
+        help="Method strings or mappings; what they set is kept.",
+    )  # fmt: skip
+    defaults = SearchOptions([])
+    for name, kind, said in (
+        ("ranks", int, "Of methods that have a rank."),
+        ("densities", float, "Of methods that train a share of the entries."),
+        ("reductions", int, "Of methods with a bottleneck."),
+        ("targets", str, "What target_modules may be, beside the method's own default."),
+    ):
+        parser.add_argument(f"--{name}", type=kind, nargs="+", default=getattr(defaults, name), help=said)
+    parser.add_argument(
+        "--rates", type=float, nargs=2, default=None, metavar=("LOW", "HIGH"),
+        help="Learning rates; from a quarter of the method's own to four times it if not given.",
+    )  # fmt: skip
+    _add_run(parser, skip={"method"})
+
+
 def _evaluate(parser: ArgumentParser) -> None:
     """veneer evaluate FOLDER [--data FILE] [--json]
 
@@ -207,7 +291,7 @@ def _evaluate(parser: ArgumentParser) -> None:
 
 
 def _predict(parser: ArgumentParser) -> None:
-    """veneer predict FOLDER [TEXT ...] [--file FILE] [--json] [options]
+    """veneer predict FOLDER [TEXT ...] [--file FILE] [--ensemble FOLDER ...] [--json] [options]
 
     Use a trained adapter. Texts come from the command line, from a file, or line by line from standard input.
     A classifier answers with labels and probabilities, a language model with generated text.
@@ -216,6 +300,7 @@ def _predict(parser: ArgumentParser) -> None:
       veneer predict outputs/lora "A quiet triumph." "Two hours I will never get back."
       veneer predict outputs/lora --file reviews.csv --json > answers.jsonl
       tail -f messages.txt | veneer predict outputs/lora
+      veneer predict outputs/prompt-1 --file reviews.csv --ensemble outputs/prompt-2 outputs/prompt-3
     """
     parser.add_argument("folder", type=str, help="Output folder of a training run.")
     parser.add_argument(
@@ -224,6 +309,14 @@ def _predict(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--file", type=str | None, default=None, metavar="FILE",
         help="txt (a text a line), csv, tsv, json, jsonl or parquet, with the text column that was trained on.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ensemble", type=str, nargs="+", default=[], metavar="FOLDER",
+        help="Runs whose adapters answer together with the first, on one base model and in one batch.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--combine", type=Literal["probabilities", "logits", "votes"], default="probabilities",
+        help="What the answers of an ensemble are put together by: means of the first two, or the number of votes.",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="Print one JSON object a line.")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="Longest generated text.")
@@ -323,6 +416,8 @@ _COMMANDS: dict[str, tuple[Callable[[ArgumentParser], None], str]] = {
     "train": (_train, "train an adapter"),
     "compare": (_compare, "train several methods on one base model, loaded once"),
     "estimate": (_estimate, "tell memory and time of a training run beforehand"),
+    "select": (_select, "score the weights of a model and choose what is trained"),
+    "search": (_search, "look for the best method, rank, targets and rate"),
     "evaluate": (_evaluate, "measure a trained adapter"),
     "predict": (_predict, "use a trained adapter on texts"),
     "merge": (_merge, "write a plain model with the adapter merged in"),

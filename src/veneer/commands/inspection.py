@@ -21,6 +21,7 @@ from rich.text import Text
 from veneer import files, legacy, units
 from veneer.checkpoint import PREFIX, WEIGHTS_NAME
 from veneer.commands.model_tree import ModelReport, inspect_model, ranges
+from veneer.commands.nearest_tokens import Nearest, nearest_tokens
 from veneer.config import CONFIG_NAME, PeftConfig
 from veneer.errors import CheckpointError, ConfigError
 
@@ -49,6 +50,8 @@ class AdapterReport:
         file_bytes: Size of the tensor file.
         run: The run's resolved configuration; empty where the folder has none.
         results: The run's results; empty where the folder has none.
+        nearest: Of a prompt, the tokens of the vocabulary that its virtual tokens are nearest to, or why that is not
+            known.
     """
 
     folder: str
@@ -57,6 +60,7 @@ class AdapterReport:
     file_bytes: int
     run: Mapping[str, Any]
     results: Mapping[str, Any]
+    nearest: Mapping[str, Nearest] | str
 
     @property
     def parameters(self) -> int:
@@ -74,6 +78,7 @@ class AdapterReport:
             "run": dict(self.run),
             "before": self.results.get("before"),
             "after": self.results.get("after"),
+            "nearest": self.nearest,
         }
 
     def __rich__(self) -> RenderableType:
@@ -86,14 +91,31 @@ class AdapterReport:
             tensors.add_column(heading, no_wrap=True)
         for name, shape, dtype in fold_tensors(self.tensors):
             tensors.add_row(Text(name.removeprefix(PREFIX)), " x ".join(map(str, shape)) or "scalar", dtype)
-        return Group(facts, "", tensors)
+        return Group(facts, "", tensors, *(["", self._nearest()] if self.nearest else []))
+
+    def _nearest(self) -> RenderableType:
+        """Virtual tokens in words."""
+        if isinstance(self.nearest, str):
+            return Text(self.nearest)
+        words = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        words.add_column("virtual token", no_wrap=True)
+        words.add_column("nearest tokens (cosine)", overflow="fold")
+        for name, prompt in self.nearest.items():
+            for number, tokens in enumerate(prompt):
+                words.add_row(f"{name} {number}", Text(", ".join(f"{token} {cosine:.2f}" for token, cosine in tokens)))
+        return words
+
+    @property
+    def base(self) -> str:
+        """The base model's name: the one that a run was given, or that in the configuration."""
+        return _base(self.run, self.config)
 
     def _facts(self) -> dict[str, str]:
         count = f"{units.count(self.parameters)} in {len(self.tensors)} tensors"
         facts = {
             "adapter": self.folder,
             "method": str(self.config.peft_type),
-            "base model": str((self.run.get("model") or {}).get("name") or self.config.base_model_name_or_path),
+            "base model": self.base,
             "settings": ", ".join(f"{name}={value}" for name, value in _settings(self.config).items()) or "defaults",
             "parameters": count,
             "file": units.size(self.file_bytes),
@@ -143,14 +165,20 @@ def inspect_adapter(folder: str) -> AdapterReport:
             TensorEntry(name, tuple(read[name].shape), str(read[name].dtype).removeprefix("torch."))
             for name in sorted(read)
         ]
+    run = _mapping(Path(folder) / "run.yaml")
     return AdapterReport(
         folder=folder,
         config=config,
         tensors=tensors,
         file_bytes=path.stat().st_size,
-        run=_mapping(Path(folder) / "run.yaml"),
+        run=run,
         results=_mapping(Path(folder) / "results.json"),
+        nearest=nearest_tokens(path, config, _base(run, config)),
     )
+
+
+def _base(run: Mapping[str, Any], config: PeftConfig) -> str:
+    return str((run.get("model") or {}).get("name") or config.base_model_name_or_path)
 
 
 def fold_tensors(tensors: list[TensorEntry]) -> Iterator[tuple[str, tuple[int, ...], str]]:

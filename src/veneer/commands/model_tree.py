@@ -108,7 +108,7 @@ def inspect_model(
     """
     from veneer import targets
 
-    model = _build(name, task)
+    model = build(name, task)
     config = None
     if method is not None or target is not None:
         config = parse_method(method or "lora")
@@ -118,7 +118,9 @@ def inspect_model(
         config = dataclasses.replace(config, target_modules=parse_target(target))
     if task is not None and config is not None:
         config = dataclasses.replace(config, task_type=TASK_TYPES[task])  # then the new head counts as trained
-    matched = targets.match(model, config) if isinstance(config, ModuleConfig) else None
+    matched = None
+    if isinstance(config, ModuleConfig):
+        matched = targets.match(model, config.on(model, dict(targets.walk(model))))
     root = _node("", "", model, frozenset(matched or ()))
     sites = dict(_sites(model))
     trained = None
@@ -163,7 +165,12 @@ def ranges(numbers: Sequence[int]) -> str:
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def _build(name: str, task: str | None) -> "nn.Module":
+def build(name: str, task: str | None) -> "nn.Module":
+    """The model without weights, by name or folder, with the head for a task or as it was published.
+
+    Raises:
+        ConfigError: There is no such model, or the task is unknown.
+    """
     import torch
 
     config = _config(name)

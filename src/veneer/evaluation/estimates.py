@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from veneer import machine, units
+from veneer import machine, quantised_bases, units
 from veneer.data import TaskData, load_task
 from veneer.errors import ConfigError
-from veneer.evaluation import simulation
+from veneer.evaluation import outlines, simulation
 from veneer.method_strings import parse_method
 from veneer.model import PeftModel, get_peft_model
 from veneer.optimizers.lorafa import freeze_down
@@ -33,7 +33,7 @@ from veneer.options import RunOptions
 from veneer.training import arguments, samplers
 from veneer.training.guards import IGNORED
 from veneer.training.labelled import total_loss
-from veneer.training.models import load_config, load_tokenizer
+from veneer.training.models import load_config, load_tokenizer, room
 from veneer.training.run import TASK_TYPES
 from veneer.training.trainer import Trainer
 
@@ -145,25 +145,33 @@ def estimate(options: RunOptions, length: int | None = None) -> Estimate:
         arguments.resolve(_without_evaluation(options), config.learning_rates[options.task], evaluates=False),
         options.output.folder or ".",
     )
-    if options.model.quantize is not None:
-        raise ConfigError(
-            f"model.quantize is {options.model.quantize!r}, whose layers are made of their weights. Estimate "
-            "without it: what it saves is a part of the frozen weights."
-        )
     shape = load_config(options.model)
+    if options.model.quantize is None and getattr(shape, "quantization_config", None) is not None:
+        raise ConfigError(
+            f"model.name: the files of {options.model.name!r} are quantised already, in a form that is known once they "
+            "are read. Estimate the model in full precision, with the model.quantize that is nearest."
+        )
     options, threads = _settled(options, shape, args)
     data = None
     if length is None:
         data = load_task(options.data, options.task, load_tokenizer(options.model), int(args.seed))
     batch = _batch(args, length, data)
-    _check_length(shape, batch, options)
     device = machine.main_device(args.use_cpu)
+    form = options.model.quantize
+    loading: dict[str, Any] = {}
+    if form is not None:
+        loading = quantised_bases.loading_settings(form, options.model.dtype, options.task == "classification", shape)
+        outlines.load(form, device)  # its libraries too take memory
     libraries = resident_memory() if device.type == "cpu" else 0
     with torch.device("meta"):
         base = _build(options, shape, len(data.labels) if data is not None and data.labels else 2)
+    if form is not None:
+        outlines.replace(base, quantised_bases.quantised_paths(base, form, loading), form, device)
+    with torch.device("meta"):
         model = get_peft_model(base, config, low_cpu_mem_usage=True)
         if getattr(args, "lora_optimizer", None) == "lorafa":
             freeze_down(model)
+    _check_length(model, batch, options)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -186,7 +194,7 @@ def _estimate(
         if (batch.usual, passes) != (batch.longest, 1):
             usual = simulation.step(model, _loss(options, model, batch, batch.usual, device))
     width = machine.widths(model.config)
-    dtype = next(iter(frozen.values())).dtype if frozen else torch.float32
+    dtype = getattr(torch, options.model.dtype)
     parts = {
         "libraries": libraries,
         "frozen weights": sum(t.numel() * t.element_size() for t in frozen.values()),
@@ -197,6 +205,7 @@ def _estimate(
     rows = max(64, min(1024, batch.rows * batch.usual))
     limit = machine.matmul_limit(dtype, (rows, min(width[0], 2048), min(width[1], 2048)), device)
     count, total = model.get_nb_trainable_parameters()
+    total += outlines.hidden(model)
     return Estimate(
         parts=parts,
         seconds=seconds + passes * usual.seconds(device),
@@ -382,11 +391,11 @@ def _batch(args: Any, length: int | None, data: TaskData | None) -> Batch:
     )
 
 
-def _check_length(shape: PretrainedConfig, batch: Batch, options: RunOptions) -> None:
-    limit = getattr(shape.get_text_config(), "max_position_embeddings", None)
+def _check_length(model: PeftModel, batch: Batch, options: RunOptions) -> None:
+    limit, added = room(model), sum(model.added())
     if batch.longest < 1 or (limit is not None and batch.longest > limit):
         raise ConfigError(
             f"Examples of {batch.longest} tokens were asked for, and {options.model.name!r} takes 1 to "
-            f"{limit or 'any'}. "
+            f"{'any' if limit is None else limit}" + (f" beside the {added} that the method adds. " if added else ". ") +
             "Give another --length, or another data.max_length."
         )

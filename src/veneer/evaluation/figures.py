@@ -127,6 +127,72 @@ def score_against_parameters(
         return _svg(figure)
 
 
+def heat_map(rows: Sequence[str], columns: Sequence[str], values: Mapping[tuple[str, str], float], title: str) -> str:
+    """A value for each row and column as a colour, logarithmic where all are positive; empty where there is none."""
+    with _style():
+        import numpy as np
+        from matplotlib.colors import LogNorm, Normalize
+
+        grid = np.array([[values.get((row, column), np.nan) for column in columns] for row in rows])
+        known = grid[np.isfinite(grid)]
+        several = known.size and known.min() > 0 and known.max() > known.min()
+        norm: Any = LogNorm() if several else Normalize()
+        figure = _figure(max(4.6, 2.6 + 0.55 * len(columns)), max(2.6, 1.9 + 0.24 * len(rows)))
+        axes = figure.add_subplot()
+        image = axes.pcolormesh(np.ma.masked_invalid(grid), norm=norm, cmap="viridis", edgecolors="none")
+        axes.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=35, ha="right", rotation_mode="anchor")
+        axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
+        axes.tick_params(length=0)
+        axes.grid(False)
+        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.set(title=title, ylabel="layer")
+        figure.colorbar(image, ax=axes)
+        return _svg(figure)
+
+
+def trade_off(points: Sequence[Point], score_name: str, *, larger_is_better: bool) -> str:
+    """Score over trained parameters of many runs; those that no other beats in both are joined and named."""
+    front = best_for_their_size(points, larger_is_better=larger_is_better)
+    with _style():
+        figure = _figure(8.4, 4.4)
+        axes = figure.add_subplot()
+        axes.set_xscale("log")
+        others = [point for point in points if point not in front]
+        axes.plot([p.parameters for p in others], [p.score for p in others], "o", color=PALETTE[5], alpha=0.6)
+        line = ([p.parameters for p in front], [p.score for p in front])
+        axes.plot(*line, "o-", color=PALETTE[0], drawstyle="steps-post", markersize=7)
+        for i, point in enumerate(front):
+            offset = (6, 8) if i % 2 == 0 else (6, -14)
+            position = (point.parameters, point.score)
+            axes.annotate(point.label, position, xytext=offset, textcoords="offset points", fontsize=8)
+        axes.margins(0.12)
+        axes.set(title=f"Held-out {score_name} against trained parameters", xlabel="trained parameters")
+        return _svg(figure)
+
+
+def best_for_their_size(points: Sequence[Point], *, larger_is_better: bool) -> list[Point]:
+    """The points that no other beats with as few parameters, by their parameters.
+
+    >>> best_for_their_size([Point("a", 5, 0.8), Point("b", 9, 0.7), Point("c", 9, 0.9)], larger_is_better=True)
+    [Point(label='a', parameters=5, score=0.8), Point(label='c', parameters=9, score=0.9)]
+    """
+    sign = -1 if larger_is_better else 1
+    front: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.parameters, sign * point.score)):
+        if not front or sign * point.score < sign * front[-1].score:
+            front.append(point)
+    return front
+
+
+def require() -> None:
+    """Says so early where no figure can be drawn.
+
+    Raises:
+        UnsupportedError: matplotlib is not installed.
+    """
+    _style()
+
+
 def _style() -> Any:
     try:
         import matplotlib

@@ -94,6 +94,23 @@ class Group:
         return self.runs[0].result.majority
 
 
+@dataclass(frozen=True)
+class Section:
+    """What a page shows before the runs.
+
+    Args:
+        title: Heading.
+        text: A paragraph.
+        table: Rows of cells, the first of them the headings; empty for none.
+        figures: SVG texts.
+    """
+
+    title: str
+    text: str = ""
+    table: Sequence[Sequence[str]] = ()
+    figures: Sequence[str] = ()
+
+
 def score(metrics: Mapping[str, float]) -> tuple[str, float | None]:
     """The figure that a run is judged by: accuracy where there are classes, else the loss.
 
@@ -151,7 +168,13 @@ def _group_table(group: Group) -> Table:
     return table
 
 
-def write_report(results: Sequence[RunResult], path: str | Path, title: str, command: str | None = None) -> Path:
+def write_report(
+    results: Sequence[RunResult],
+    path: str | Path,
+    title: str,
+    command: str | None = None,
+    sections: Sequence[Section] = (),
+) -> Path:
     """Write the page, atomically: at `path` there is the old file or the whole new one.
 
     Args:
@@ -159,6 +182,7 @@ def write_report(results: Sequence[RunResult], path: str | Path, title: str, com
         path: The HTML file.
         title: Heading of the page.
         command: What produced the results; the present command line where none is given.
+        sections: What stands before them.
 
     Raises:
         UnsupportedError: matplotlib or Jinja2 is not installed.
@@ -168,6 +192,7 @@ def write_report(results: Sequence[RunResult], path: str | Path, title: str, com
     palette = figures.colours([run.label for group in groups for run in group.runs])
     page = _template().render(
         title=title,
+        sections=sections,
         groups=[_page_section(group, palette) for group in groups],
         palette=palette,
         figure=_figure,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
@@ -147,8 +147,8 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        given = [t for t in tree_leaves((args, kwargs)) if _has_memory(t)]
+        made = [t for t in tree_leaves(result) if _has_memory(t)]
         ours = {id(t.untyped_storage()) for t in given}
         for tensor in made:
             if id(tensor.untyped_storage()) not in ours:
@@ -167,6 +167,11 @@ class _Watch(TorchDispatchMode):
         if counted is not None:
             plain = {k: v for k, v in kwargs.items() if k not in ("out", "beta", "alpha")}
             call.flops += counted(*args, **plain, out_val=result)
+
+
+def _has_memory(value: Any) -> bool:
+    """Whether it is a tensor whose memory is its own and can be seen: not a wrapper of others, not a packed weight."""
+    return isinstance(value, Tensor) and value.layout is torch.strided and not is_traceable_wrapper_subclass(value)
 
 
 def _is_view(func: Any) -> bool:

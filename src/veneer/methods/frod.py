@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from veneer.adapter import Base, Shared, WeightAdapter, onto
 from veneer.config import WeightConfig, check_shares, planned
 from veneer.errors import ConfigError
+from veneer.products import allowed_by_hand
 from veneer.registry import register
 from veneer.sites import Site
 
@@ -119,8 +122,8 @@ class Frod(WeightAdapter):
 
     Trains: l (in,), l0 at the start; S (nnz,), zero at the start.
     Cost: in + sparse_rate in^2 parameters a layer; in memory U, as large as W, and V (in, in) for each category. With
-    many tokens the adapted weight is formed once a call, in 2 out in^2 multiply-adds; with few the factors are applied
-    one by one.
+    many tokens the adapted weight is formed once a call, in out in^2 multiply-adds; with few the factors are applied
+    one by one. Products with the core, and its gradient, are made where it has elements only.
     Start: equals the base layer exactly. Merge: exact up to rounding of the dtype.
     On a stack of n matrices every matrix has its own l and S.
     Raises: ConfigError where layers of one category have different widths, and for dropout on a bare parameter.
@@ -167,30 +170,52 @@ class Frod(WeightAdapter):
         self.put("start", lengths)
         self.put("u", torch.where(lengths.unsqueeze(-2) > 1e-12, columns / lengths.unsqueeze(-2), 0.0))
 
+    def places(self) -> Tensor:
+        """Rows and columns of the core's elements, `(2, nnz + in)`; those of its diagonal come last."""
+        diagonal = torch.arange(self.site.shape[1], device=self.values.device).expand(2, -1)
+        return torch.cat([self.shared.s(self.path).to(diagonal.device), diagonal], dim=-1)
+
+    def elements(self) -> Tensor:
+        """Values of the core at its places."""
+        return torch.cat([self.values, self.diagonal - self.start], dim=-1)
+
     def core(self) -> Tensor:
         """diag(l - l0) + S, `(in, in)`."""
         side = self.site.shape[1]
-        row, column = self.shared.s(self.path).to(self.values.device)
-        places = torch.cat([row * side + column, torch.arange(side, device=row.device) * (side + 1)])
-        values = torch.cat([self.values, self.diagonal - self.start], dim=-1)
-        return values.new_zeros(*self.site.batch, side * side).index_add(-1, places, values).unflatten(-1, (side, side))
+        row, column = self.places()
+        values = self.elements()
+        core = values.new_zeros(*self.site.batch, side * side).index_add(-1, row * side + column, values)
+        return core.unflatten(-1, (side, side))
 
     def adapt(self, weight: Tensor) -> Tensor:
         return onto(self.u @ self.core() @ self.shared.v(self.path).to(self.values).t(), weight)
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         dropped = self.training and self.dropout > 0
-        side = self.site.shape[1]
-        if self.site.kind == "linear" and (dropped or x.numel() < 0.8 * side * side):  # fewer tokens than inputs
+        rows, columns = self.site.shape
+        v = self.shared.v(self.path).to(self.values)
+        # Multiply-adds of both passes: of U C V^T and its product with x, and of the factors one by one.
+        few = 2 * rows * columns > x.numel() // columns * (2 * columns + rows)
+        if self.site.kind == "linear" and (dropped or few):
             y = base(x)
-            x = F.dropout(x.to(self.values), self.dropout, self.training)
-            hidden = F.linear(x @ self.shared.v(self.path).to(self.values), self.core())
-            return y + F.linear(hidden, self.u).to(y.dtype)
+            hidden = F.dropout(x.to(self.values), self.dropout, self.training) @ v
+            return y + F.linear(self._through_core(hidden, transposed=True), self.u).to(y.dtype)
+        if self.site.kind == "linear":
+            weight = onto(self._through_core(self.u) @ v.t(), base.weight())
+            return self.site.apply(x, weight, base.bias(), base.args, base.kwargs)
         if not dropped:
             return super().forward(x, base)
         y, weight = base(x), base.weight()
         x = F.dropout(x.to(self.values), self.dropout)
         return y + self.site.apply(x, self.adapt(torch.zeros_like(weight)), None).to(y.dtype)
+
+    def _through_core(self, x: Tensor, transposed: bool = False) -> Tensor:
+        """x C, or x C^T, for x (..., in)."""
+        if not allowed_by_hand(x) or x.dtype not in (torch.float32, torch.float64):  # sparse products know these
+            core = self.core()
+            return x @ (core.t() if transposed else core)
+        places = self.places().flip(0) if transposed else self.places()
+        return _AtPlaces.apply(x.reshape(-1, x.shape[-1]), self.elements(), places).view(x.shape)
 
     def to_file(self) -> dict[str, Tensor]:
         return {"frod_lambda_l": self.diagonal, "frod_lambda_s_values": self.values}
@@ -199,6 +224,49 @@ class Frod(WeightAdapter):
         self.put("diagonal", tensors["frod_lambda_l"])
         self.put("values", tensors["frod_lambda_s_values"])
         self.decompose()
+
+
+class _AtPlaces(torch.autograd.Function):
+    """X C, where C (in, in) has elements at some places only; each place stands once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(x, values, places)
+        return _times(x, values, places)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, values, places = ctx.saved_tensors
+        rows, columns = places
+        needs_x, needs_values, _ = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # of the gradient too
+            core = values.new_zeros(x.shape[1], x.shape[1]).index_put((rows, columns), values)
+            return g @ core.t(), (x.t() @ g)[rows, columns], None
+        return (
+            _times(g, values, places.flip(0)) if needs_x else None,
+            _sampled(x.t(), g, places) if needs_values else None,
+            None,
+        )
+
+
+def _times(x: Tensor, values: Tensor, places: Tensor) -> Tensor:
+    """X C, `(n, in)`."""
+    side = x.shape[1]
+    transposed = torch.sparse_coo_tensor(places.flip(0), values, (side, side), check_invariants=False)
+    return torch.sparse.mm(transposed, x.t().contiguous()).t()
+
+
+def _sampled(a: Tensor, b: Tensor, places: Tensor) -> Tensor:
+    """Elements of A B, `(side, side)`, at the places."""
+    side = a.shape[0]
+    order = (places[0] * side + places[1]).argsort()
+    rows, columns = places[:, order]
+    starts = F.pad(torch.bincount(rows, minlength=side).cumsum(0), (1, 0))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        pattern = torch.sparse_csr_tensor(starts, columns, a.new_zeros(len(order)), (side, side))
+    found = torch.sparse.sampled_addmm(pattern, a.contiguous(), b, beta=0.0).values()
+    return torch.empty_like(found).index_copy_(0, order, found)
 
 
 @register("frod")

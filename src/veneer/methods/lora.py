@@ -292,6 +292,7 @@ class LoraConfig(WeightConfig):
         use_qalora: Sum the input over groups before `down` (method `qalora`).
         qalora_group_size: Size of these groups; without `use_qalora` of no effect.
         target_parameters: Bare parameters to adapt, such as `"experts.gate_up_proj"`.
+        arrow_config: Choose among the other LoRA adapters for every token (method `arrow`): an `ArrowConfig` or a dict.
         layer_replication: Starts and ends of runs of layers, such as `[[0, 4], [2, 6]]`: the model gets these layers in
             this order, repeated ones with the same weights and with adapters of their own.
         ensure_weight_tying: Train one copy for all modules that share a weight with one in `modules_to_save`.
@@ -331,7 +332,7 @@ class LoraConfig(WeightConfig):
     monteclora_config: Any = variant_field(None, "monteclora", "MontecloraConfig")
     layer_replication: Any = None
     use_bdlora: Any = variant_field(None, "bdlora", "BdLoraConfig")
-    arrow_config: Any = planned(None, "Arrow")
+    arrow_config: Any = variant_field(None, "arrow", "ArrowConfig")
     kasa_config: Any = variant_field(None, "kasa", "KasaConfig")
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from veneer.config import check_positive
+from veneer.errors import ConfigError
 from veneer.methods.full import Full, FullConfig
 from veneer.methods.sparse import Chosen, SparseConfig
 from veneer.registry import register
@@ -89,3 +90,8 @@ class LtSftConfig(SparseConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "steps", "learning_rate")
+        if self.scores is not None:
+            raise ConfigError(
+                f"LtSftConfig: scores={self.scores!r}, but its score is how far phase 1 moves the weights. Leave scores "
+                "out, or use the method sparse."
+            )

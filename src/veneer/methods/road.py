@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from veneer.adapter import Base, WeightAdapter
 from veneer.config import ModuleConfig
 from veneer.errors import ConfigError
+from veneer.products import allowed_by_hand
 from veneer.registry import register
 from veneer.sites import ConvSite, EmbeddingSite, Site
 
@@ -53,7 +54,7 @@ class Road(WeightAdapter):
         nn.init.normal_(self.scale, mean=1, std=spread)
 
     def columns(self) -> tuple[Tensor, Tensor]:
-        """What every channel is multiplied by, and its partner; each (out / g, 2, g / 2)."""
+        """What every channel is multiplied by, and its partner; each (out / g, 2, g / 2), the first perhaps 1 for 2."""
         half = self.config.group_size // 2
         kinds = 2 if self.config.variant == "road_4" else 1
         halves = 1 if self.config.variant == "road_1" else 2
@@ -68,6 +69,8 @@ class Road(WeightAdapter):
         own, partner = (t.reshape(*t.shape, *[1] * after) for t in self.columns())
         axis = -2 - after
         pairs = y.to(own.dtype).unflatten(-1 - after, (-1, 2, self.config.group_size // 2))
+        if not self.site.batch and allowed_by_hand(y):
+            return _Turn.apply(pairs, own.expand_as(partner), partner, axis).flatten(axis - 1, axis + 1)
         return torch.addcmul(own * pairs, partner, pairs.flip(axis)).flatten(axis - 1, axis + 1)
 
     def adapt(self, weight: Tensor) -> Tensor:
@@ -90,6 +93,38 @@ class Road(WeightAdapter):
     def from_file(self, tensors: Mapping[str, Tensor]) -> None:
         self.put("angle", tensors["road_theta"])
         self.put("scale", tensors["road_alpha"])
+
+
+class _Turn(torch.autograd.Function):
+    """own * y + partner * (y with the halves of `axis` swapped), without a swapped copy of y."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, own: Tensor, partner: Tensor, axis: int) -> Tensor:
+        ctx.save_for_backward(y, own, partner)
+        ctx.axis = axis
+        turned = y * own
+        for half in (0, 1):
+            turned.select(axis, half).addcmul_(y.select(axis, 1 - half), partner.select(axis, half))
+        return turned
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        y, own, partner = ctx.saved_tensors
+        axis, needs_y = ctx.axis, ctx.needs_input_grad[0]
+        if torch.is_grad_enabled():  # of the gradient too
+            products = [(g * y).sum_to_size(own.shape), (g * y.flip(axis)).sum_to_size(own.shape)]
+            return g * own + (g * partner).flip(axis), *products, None
+        # One piece of memory for all that is summed, and for the gradient of y.
+        memory = g * y
+        grad_own = memory.sum_to_size(own.shape)
+        for half in (0, 1):
+            torch.mul(g.select(axis, half), y.select(axis, 1 - half), out=memory.select(axis, half))
+        grad_partner = memory.sum_to_size(own.shape)
+        if needs_y:
+            torch.mul(g, own, out=memory)
+            for half in (0, 1):
+                memory.select(axis, 1 - half).addcmul_(g.select(axis, half), partner.select(axis, half))
+        return memory if needs_y else None, grad_own, grad_partner, None
 
 
 @register("road")

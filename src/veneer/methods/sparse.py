@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.adapter import Base, WeightAdapter
-from veneer.config import ModuleConfig, check_positive
+from veneer.config import ModuleConfig, check_positive, own
 from veneer.errors import CheckpointError, ConfigError
 from veneer.registry import register
 from veneer.selection import choice, scores
@@ -72,6 +72,11 @@ class Chosen(Sparse):
         random:     s_i ~ U(0, 1)               gradient:   s_i = |sum_b g_i|, g the gradient of the loss of batch b
         magnitude:  s_i = |W_i|                 snip:       s_i = |W_i sum_b g_i|
                                                 fisher:     s_i = sum_n g_i^2, g that of example n
+        movement:      s_i = -sum_b g_i W_i, of W on its way down the gradient, batch by batch
+        quantization:  s_i = (W_i - Q(W_i))^2 / 2 sum_n g_i^2, Q rounding to 4 bits in groups of 64
+
+    With `unit="neuron"` a neuron (row of the weight) has the sum of its scores, and all of its entries are trained.
+    Scores can also be read from a file (`scores`, written by `veneer select`); `veneer.prepare` then needs no batches.
 
     Trains: values (k,), zero at the start. Frozen: indices (k,).
     Cost: k parameters and k positions; one (out, in) temporary a call. Before training, where the criterion needs data,
@@ -90,11 +95,17 @@ class Chosen(Sparse):
 
     @classmethod
     def needs_data(cls, config: SparseConfig) -> bool:
-        return scores.needs_data(config.criterion)
+        return config.scores is not None or scores.needs_data(config.criterion)
 
     @classmethod
     def prepare(cls, adapters: dict[str, Self], config: SparseConfig, run: Run) -> None:
-        found = scores.from_data({path: adapter.site for path, adapter in adapters.items()}, config.criterion, run)
+        sites = {path: adapter.site for path, adapter in adapters.items()}
+        if config.scores is None:
+            found = scores.from_data(sites, config.criterion, run)
+        else:
+            from veneer.selection.score_file import Scores
+
+            found = Scores.load(config.scores).of(sites, config.criterion)
         cls.settle(adapters, config, found)
 
     @classmethod
@@ -107,22 +118,8 @@ class Chosen(Sparse):
     @classmethod
     def choose(cls, adapters: Mapping[str, Self], config: SparseConfig, found: Mapping[str, Tensor]) -> None:
         """Takes the best entries by these scores."""
-        if config.scope == "model":
-            count = config.count or int(config.density * sum(score.numel() for score in found.values()))
-            _some(count, config)
-            for path, positions in choice.best_of_all(found, count).items():
-                adapters[path].take(positions)
-        else:
-            for path, adapter in adapters.items():
-                adapter.take(adapter.best(found[path]))
-
-    def best(self, score: Tensor) -> Tensor:
-        """The best entries of this place alone."""
-        if self.config.scope == "neuron":
-            return choice.best_of_rows(score, self.config.count or max(1, int(self.config.density * score.shape[-1])))
-        count = self.config.count or int(self.config.density * score.numel())
-        _some(count, self.config)
-        return choice.best_of_layer(score, count)
+        for path, positions in chosen(found, config).items():
+            adapters[path].take(positions)
 
     def take(self, positions: Tensor) -> None:
         """Trains these entries, from zero."""
@@ -132,7 +129,8 @@ class Chosen(Sparse):
     def reset(self) -> None:
         if self.needs_data(self.config):
             return
-        self.take(self.best(scores.without_data(self.site, self.config.criterion)))
+        score = scores.without_data(self.site, self.config.criterion)
+        self.take(chosen({"": score}, self.config)[""])
 
     def to_file(self) -> dict[str, Tensor]:
         return {"sparse_values": self.values, "sparse_indices": self.indices}
@@ -143,17 +141,67 @@ class Chosen(Sparse):
         self.put("values", tensors["sparse_values"])
 
 
-def _some(count: int, config: SparseConfig) -> None:
+def chosen(found: Mapping[str, Tensor], config: SparseConfig) -> dict[str, Tensor]:
+    """The positions of the entries that are trained, by place, rising.
+
+    Args:
+        found: The scores of all places, `(out, in)` or `(n, out, in)`.
+        config: How many, and out of what.
+
+    Raises:
+        ConfigError: None is left, or there are not so many.
+    """
+    lengths = {path: score.shape[-1] for path, score in found.items()}
+    if config.unit == "neuron":
+        found = {path: score.sum(-1) for path, score in found.items()}
+    if config.threshold is not None:
+        best = {path: choice.above(score, config.threshold) for path, score in found.items()}
+        _some(sum(positions.numel() for positions in best.values()), config)
+    elif config.scope == "model":
+        count = _count(config, sum(score.numel() for score in found.values()), "all layers together")
+        best = choice.best_of_all(found, count)
+    elif config.scope == "neuron":
+        best = {}
+        for path, score in found.items():
+            count = _count(config, score.shape[-1], f"a row of {path or 'a layer'}", least=1)
+            best[path] = choice.best_of_rows(score, count)
+    else:
+        best = {
+            path: choice.best_of_layer(score, _count(config, score.numel(), path or "a layer"))
+            for path, score in found.items()
+        }
+    if config.unit == "neuron":
+        best = {path: choice.whole_rows(rows, lengths[path]) for path, rows in best.items()}
+    return best
+
+
+def _count(config: SparseConfig, there: int, where: str, least: int = 0) -> int:
+    """How many are taken of those that are there.
+
+    Raises:
+        ConfigError: None, or more than there are.
+    """
+    what = "neurons" if config.unit == "neuron" else "entries"
+    if config.count is not None and config.count > there:
+        raise ConfigError(
+            f"SparseConfig: count={config.count}, but {where} has {there} {what}, so that is more than 100%. Lower "
+            "it, or leave small layers out."
+        )
+    return _some(config.count or max(least, int(config.density * there)), config)
+
+
+def _some(count: int, config: SparseConfig) -> int:
     """Refuses a choice of nothing.
 
     Raises:
         ConfigError: So.
     """
     if count < 1:
-        raise ConfigError(
-            f"SparseConfig: density={config.density} leaves no entry of a layer to train. Raise it, or leave small "
-            "layers out."
-        )
+        what = f"density={config.density}" if config.threshold is None else f"threshold={config.threshold}"
+        of = "of a layer" if config.threshold is None else "at all"
+        fix = "Raise it, or leave small layers out." if config.threshold is None else "Lower it."
+        raise ConfigError(f"SparseConfig: {what} leaves no entry {of} to train. {fix}")
+    return count
 
 
 def check_positions(indices: Tensor, values: Tensor, site: Site) -> None:
@@ -243,6 +291,10 @@ class SparseConfig(ModuleConfig):
         scope: Whether the best are taken of every neuron (row of the weight), every layer, or all layers together.
         density: Share of the entries that are trained.
         count: How many entries, of every neuron or layer or of all, in place of `density`.
+        threshold: Train the entries that have at least this score, however many they are, in place of `density`.
+        unit: What is chosen: single entries, or neurons with all of their entries. `density` and `count` then are of
+            neurons.
+        scores: File with the scores, as `veneer select` writes it; they are made when none is given.
 
     Raises:
         ConfigError: A density outside (0, 1], a count that is not positive, or layers compared without data.
@@ -253,17 +305,30 @@ class SparseConfig(ModuleConfig):
     learning_rates = {"classification": 5e-3, "causal-lm": 2e-3}  # noqa: RUF012  # read only
     default_targets = ("all-linear",)
 
-    criterion: Literal["random", "magnitude", "gradient", "snip", "fisher"] = "magnitude"
+    criterion: Literal["random", "magnitude", "gradient", "snip", "fisher", "movement", "quantization"] = "magnitude"
     scope: Literal["neuron", "layer", "model"] = "layer"
     density: float = 0.01
     count: int | None = None
+    threshold: float | None = own(None)
+    unit: Literal["entry", "neuron"] = own("entry")
+    scores: str | None = own(None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "density", "count")
         if self.density > 1:
             raise ConfigError(f"SparseConfig: density={self.density!r}; a share in (0, 1] was expected.")
-        if self.scope == "model" and not self.method().needs_data(self):
+        if self.threshold is not None and self.count is not None:
+            raise ConfigError(
+                f"SparseConfig: count={self.count!r} and threshold={self.threshold!r} both say how many entries are "
+                "trained. Leave one of them out."
+            )
+        if self.unit == "neuron" and self.scope == "neuron":
+            raise ConfigError(
+                "SparseConfig: unit='neuron' with scope='neuron' would choose a neuron out of one. Use scope='layer' "
+                "or 'model' to choose neurons, or unit='entry' to choose entries of every neuron."
+            )
+        if self.scope == "model" and self.criterion in ("random", "magnitude"):
             raise ConfigError(
                 f"SparseConfig: scope='model' with criterion={self.criterion!r}: that score says nothing of one layer "
                 "against another. Use scope='layer', or a criterion that sees data."

@@ -19,6 +19,7 @@ _FOUND: dict[str, Store] = {}
 # Module that the layers of a store are from -> the store. Before the module is imported there can be no such layer.
 _HOMES = {
     "veneer.stores.int8": "veneer.stores.int8.Int8Store",
+    "veneer.evaluation.outlines": "veneer.evaluation.outlines.OutlineStore",
     "veneer.stores.nf4_int8": "veneer.stores.nf4_int8.Nf4Int8Store",  # before that of the class that its layers extend
     "bitsandbytes.nn": "veneer.stores.bitsandbytes.BitsAndBytesStore",
     "torchao.utils": "veneer.stores.torchao.TorchAoStore",

@@ -84,7 +84,7 @@ def train_many(
         VeneerError: A method changed the base model itself, so that no other can be trained on it.
     """
     console = console or Console(highlight=False)
-    _refuse_spread(options)
+    refuse_spread(options)
     runs = configurations(options, methods)
     folder = Path(options.output.folder).expanduser()
     replaced = _claim(folder, options)
@@ -152,7 +152,7 @@ def configurations(options: RunOptions, methods: Sequence[str | Mapping[str, Any
     runs: dict[str, RunOptions] = {}
     known: dict[str, str] = {}
     for given in methods:
-        method, training = _parts(given)
+        method, training = parts_of(given)
         if common := sorted(_COMMON & training.keys()):
             raise ConfigError(
                 f"methods: {given!r} sets training.{common[0]}, which is the same for all configurations. Set it in "
@@ -175,7 +175,7 @@ def configurations(options: RunOptions, methods: Sequence[str | Mapping[str, Any
     return runs
 
 
-def _parts(given: str | Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def parts_of(given: str | Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """A method without the training settings among its own, and these."""
     name, values = read_method(given)
     training = values.pop("training", None) or {}
@@ -209,7 +209,7 @@ def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=3).hexdigest()
 
 
-def _refuse_spread(options: RunOptions) -> None:
+def refuse_spread(options: RunOptions) -> None:
     """Refuses runs of several processes.
 
     Raises:

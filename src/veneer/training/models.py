@@ -21,6 +21,7 @@ from veneer.adapted import adapters_of
 from veneer.errors import ConfigError, VeneerWarning
 from veneer.model import PeftModel
 from veneer.options import ModelOptions, Task
+from veneer.positions import positions_in
 from veneer.samples import resolve_model
 from veneer.trained_copy import TrainedCopy
 
@@ -155,6 +156,32 @@ def warn_untrained(new: Sequence[str], model: PeftModel, name: str) -> None:
             "start from a model that has them.",
             VeneerWarning,
             stacklevel=2,
+        )
+
+
+def room(model: PeftModel) -> int | None:
+    """How many tokens a text may have beside what the active adapters add; none where the model does not say."""
+    most = positions_in(model.get_base_model())
+    return None if most is None else most - sum(model.added())
+
+
+def check_room(model: PeftModel, *parts: Any) -> None:
+    """Refuses examples that are too long for the model with what the active adapters add.
+
+    Args:
+        model: The adapted model.
+        parts: Data sets; none is passed over.
+
+    Raises:
+        ConfigError: So.
+    """
+    longest = max((len(ids) for part in parts if part is not None for ids in part["input_ids"]), default=0)
+    added, most = sum(model.added()), room(model)
+    if added and most is not None and longest > most:
+        raise ConfigError(
+            f"data.max_length: the longest example has {longest} tokens, the method adds {added}, and "
+            f"{type(model.get_base_model()).__name__} has positions for {most + added}. "
+            + (f"Set data.max_length to {most} or less." if most > 0 else "Set fewer num_virtual_tokens.")
         )
 
 

@@ -30,7 +30,7 @@ from veneer.training import arguments, samplers
 from veneer.training import folder as run_folder
 from veneer.training.basis import Basis, as_begun, load
 from veneer.training.clock import peak_memory
-from veneer.training.models import warn_untrained
+from veneer.training.models import check_room, warn_untrained
 from veneer.training.progress import ProgressDisplay, describe, figures_of
 from veneer.training.trained import (
     MEASURING,
@@ -105,6 +105,7 @@ def run_on(
     data, tokenizer, config = basis.data, basis.tokenizer, method_of(options)
     model = get_peft_model(basis.base, config)
     warn_untrained(basis.new, model, options.model.name)
+    check_room(model, data.train, data.evaluation)
 
     resolved = arguments.resolve(options, config.learning_rates[options.task], evaluates=data.evaluation is not None)
     args = arguments.build(resolved, str(folder))
@@ -118,9 +119,16 @@ def run_on(
     if awaits_data(model):
         if not getattr(basis.base, "hf_device_map", None):
             model.to(args.device)
-        batches = basis.batches(args.train_batch_size, options.data.preparation_batches)
-        console.print(f"Shown to the method before training: {len(batches)} batches of {args.train_batch_size}.")
-        prepare(model, batches)
+        if source := getattr(config, "scores", None):  # what the data said has been kept
+            console.print(f"What is trained is chosen by {source}.", markup=False, soft_wrap=True)
+            prepare(model)
+        elif getattr(config, "init_text", None):
+            console.print("What is trained starts from the keys and values of init_text.")
+            prepare(model)
+        else:
+            batches = basis.batches(args.train_batch_size, options.data.preparation_batches)
+            console.print(f"Shown to the method before training: {len(batches)} batches of {args.train_batch_size}.")
+            prepare(model, batches)
     _show(console, model, basis)
 
     with ProgressDisplay(console, bar=False if resolved.get("disable_tqdm") else None) as progress:

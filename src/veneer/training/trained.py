@@ -1,5 +1,6 @@
 """A finished run, used again: read back, evaluated, asked."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,16 +10,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 
+from veneer.combine.ensemble import check_way, ensemble_generate, members, together
 from veneer.data import Collator, TaskData, encode_prompts, encode_texts, load_evaluation, load_task, read_table
 from veneer.data.columns import TEXT_NAMES, is_text, only_column, require_texts, usual_columns
 from veneer.errors import ConfigError, DataError
 from veneer.evaluation import metrics
 from veneer.model import PeftModel
 from veneer.options import DataOptions, RunOptions
+from veneer.positions import positions_in
 from veneer.quantization import quantize
 from veneer.training import arguments, samplers
 from veneer.training import folder as run_folder
-from veneer.training.models import load_model, load_tokenizer
+from veneer.training.models import check_room, load_model, load_tokenizer
 from veneer.training.progress import figures_of
 from veneer.training.trainer import Trainer
 
@@ -117,6 +120,8 @@ def predict(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     device_map: Any = None,
+    others: Sequence[str | Path] = (),
+    combine: str = "probabilities",
 ) -> list[tuple[str, dict[str, float]]] | list[str]:
     """What a trained model makes of texts: (label, probability of each label), or the text that it writes.
 
@@ -126,18 +131,27 @@ def predict(
         max_new_tokens: Longest text to write.
         temperature: 0 always takes the most probable token.
         device_map: Where to load the model.
+        others: Folders of runs that answer together with it.
+        combine: How, as for `veneer.ensemble`.
 
     Raises:
         DataError: A text is empty.
     """
-    answers = predictor(folder, max_new_tokens=max_new_tokens, temperature=temperature, device_map=device_map)(texts)
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "device_map": device_map}
+    answers = predictor(folder, **how, others=others, combine=combine)(texts)
     if answers and "label" in answers[0]:
         return [(answer["label"], answer["probabilities"]) for answer in answers]
     return [answer["generated"] for answer in answers]
 
 
 def predictor(
-    folder: str | Path, *, max_new_tokens: int = 64, temperature: float = 0.0, device_map: Any = None
+    folder: str | Path,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    device_map: Any = None,
+    others: Sequence[str | Path] = (),
+    combine: str = "probabilities",
 ) -> Callable[[Sequence[str]], list[dict[str, Any]]]:
     """Loads a trained model once and returns a function that answers texts.
 
@@ -146,31 +160,81 @@ def predictor(
         max_new_tokens: Longest text to write.
         temperature: 0 always takes the most probable token.
         device_map: Where to load the model.
+        others: Folders of runs of the same task on the same base model, whose adapters answer together with it: an
+            ensemble, all in one batch.
+        combine: How they are put together, as for `veneer.ensemble`. With votes, `probabilities` are shares of them,
+            and the mean probability decides a tie.
 
     Returns:
         A function from texts to one dictionary each: `label` and `probabilities` (of each label, the most probable
         first), or `generated`.
 
     Raises:
-        ConfigError: A setting is out of range.
+        ConfigError: A setting is out of range, or a run is another kind of run.
+        BaseMismatchError: Another one was trained on another base model.
     """
     if max_new_tokens < 1 or temperature < 0:
         raise ConfigError(
             f"max_new_tokens is {max_new_tokens} and temperature {temperature}. Expected at least 1, and at least 0."
         )
+    check_way(combine)
     model, tokenizer, options, labels = load_trained(folder, device_map)
+    names = [model.active_adapter, *(_join(model, Path(folder), Path(other)) for other in others)]
     if options.task == "classification":
-        length = min(options.data.max_length, int(tokenizer.model_max_length))
-        return lambda texts: _classify(model, tokenizer, texts, labels, length)
+        lengths = [options.data.max_length, int(tokenizer.model_max_length), _room(model, names)]
+        length = min(length for length in lengths if length is not None)
+        return lambda texts: _classify(model, tokenizer, texts, labels, length, names, combine)
     prompting = run_folder.read_prompting(folder)
     if not prompting["template"]:
         tokenizer.chat_template = None  # the run did without, so the prompts do
 
     def answer(texts: Sequence[str]) -> list[dict[str, Any]]:
         ids = encode_prompts(texts, tokenizer, prompting["separator"])
-        return [{"generated": text} for text in generate(model, tokenizer, ids, max_new_tokens, temperature)]
+        written = generate(model, tokenizer, ids, max_new_tokens, temperature, names, combine)
+        return [{"generated": text} for text in written]
 
     return answer
+
+
+def _join(model: PeftModel, first: Path, other: Path) -> str:
+    """Loads the adapter of another run beside that of the first; its name.
+
+    Raises:
+        ConfigError: It cannot answer the same questions.
+        CheckpointError, BaseMismatchError: As for `load_trained`.
+    """
+
+    def answers(folder: Path) -> dict[str, Any]:
+        options, labels = run_folder.read_options(folder), run_folder.read_result(folder).labels
+        found = {"task": options.task, "model.dtype": options.model.dtype, "model.quantize": options.model.quantize}
+        if options.model.quantize == "int8":
+            found["layers in int8"] = run_folder.read_quantization(folder).layers
+        if options.task == "classification":
+            return {**found, "classes": labels, "data.max_length": options.data.max_length}
+        return {**found, **run_folder.read_prompting(folder)}
+
+    mine, theirs = answers(first.expanduser()), answers(other.expanduser())
+    for what in mine.keys() | theirs.keys():
+        if mine.get(what) != theirs.get(what):
+            raise ConfigError(
+                f"An ensemble of {first} and {other}: their {what} differ ({mine.get(what)!r} and "
+                f"{theirs.get(what)!r}). Name runs of one task on one base model, trained alike."
+            )
+    name = f"member_{len(model.peft_config)}"
+    model.load_adapter(other.expanduser(), name)
+    return name
+
+
+def _room(model: PeftModel, names: Sequence[str]) -> int | None:
+    """How long texts may be for all of the named adapters in one batch."""
+    most, active = positions_in(model.get_base_model()), model.active_adapters
+    added = []
+    for name in names:
+        model.set_adapter(name, inference_mode=True)
+        added.append(model.added())
+    model.set_adapter(active, inference_mode=True)
+    # Rows have as many columns as the longest prompt asks for, and some are moved on top of that.
+    return None if most is None else most - sum(max(each) for each in zip(*added, strict=True))
 
 
 def read_texts(folder: str | Path, file: str) -> list[str]:
@@ -197,6 +261,8 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     temperature: float = 0.0,
+    names: Sequence[str] = (),
+    combine: str = "probabilities",
 ) -> list[str]:
     """What the model writes after each prompt, without the prompt.
 
@@ -206,6 +272,8 @@ def generate(
         prompts: Token ids.
         max_new_tokens: Longest answer.
         temperature: 0 always takes the most probable token.
+        names: Adapters that write together, where they are several.
+        combine: How.
     """
     collate = replace(Collator.of(tokenizer), side="left")  # every prompt ends where its answer begins
     config = getattr(model.get_base_model(), "generation_config", None)
@@ -215,13 +283,17 @@ def generate(
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature}
+    write: Any = model.generate
+    if len(names) > 1:
+        sampling = {"temperature": temperature, "combine": combine}
+        write = functools.partial(ensemble_generate, model, names)
     answers: dict[int, str] = {}
     training = model.training
     model.eval()
-    for chosen, batch in _batches([{"input_ids": list(ids)} for ids in prompts], collate, size=8):
+    for chosen, batch in _batches([{"input_ids": list(ids)} for ids in prompts], collate, max(1, 8 // max(1, len(names)))):
         inputs: dict[str, Any] = {name: tensor.to(model.device) for name, tensor in batch.items()}
         with torch.inference_mode():
-            written = model.generate(
+            written = write(
                 **inputs,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=collate.pad_token_id,
@@ -244,15 +316,21 @@ def logits_of(model: PeftModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _classify(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], labels: Sequence[str], length: int
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    labels: Sequence[str],
+    length: int,
+    names: Sequence[str],
+    combine: str,
 ) -> list[dict[str, Any]]:
     if not texts:
         return []
     examples, _ = encode_texts(texts, tokenizer, length)
     answers: dict[int, dict[str, Any]] = {}
-    for chosen, batch in _batches(examples, Collator.of(tokenizer), _BATCH):
-        for place, row in zip(chosen, logits_of(model, batch).softmax(dim=-1), strict=True):
-            order = row.argsort(descending=True).tolist()
+    for chosen, batch in _batches(examples, Collator.of(tokenizer), max(1, _BATCH // len(names))):
+        for place, (row, rank) in zip(chosen, zip(*_shares(model, batch, names, combine), strict=True), strict=True):
+            order = rank.argsort(descending=True).tolist()
             answers[place] = {
                 "label": labels[order[0]],
                 "probabilities": {labels[number]: float(row[number]) for number in order},
@@ -260,10 +338,29 @@ def _classify(
     return [answers[i] for i in range(len(examples))]
 
 
+def _shares(
+    model: PeftModel, batch: dict[str, Tensor], names: Sequence[str], combine: str
+) -> tuple[Tensor, Tensor]:
+    """What the classes get, (rows, classes), and by what they are ranked."""
+    if len(names) == 1:
+        shares = logits_of(model, batch).softmax(dim=-1)
+        return shares, shares
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
+    with torch.no_grad():
+        logits = members(model, names, **inputs).cpu()
+    shares = together(logits, combine)
+    if combine == "votes":
+        # What two shares differ by is 1 / members at least, and mean probabilities are below 1.
+        return shares, shares + together(logits, "probabilities") / (2 * len(names))
+    shares = shares.softmax(-1) if combine == "logits" else shares
+    return shares, shares
+
+
 def _measure(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, task: TaskData, options: RunOptions
 ) -> dict[str, float]:
     """Figures of a model on the held-out examples of a task, got as in training."""
+    check_room(model, task.evaluation)
     settings = {name: options.training[name] for name in MEASURING if name in options.training}
     args = arguments.build({**settings, "report_to": "none", "save_strategy": "no"}, options.output.folder)
     trainer = Trainer(

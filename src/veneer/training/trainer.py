@@ -92,12 +92,14 @@ class Trainer(transformers.Trainer):
         self.can_return_loss = can_return_loss(type(base))
         shifts = LOSS_MAPPING.get(getattr(base, "loss_type", "")) is ForCausalLMLoss
         config = getattr(base, "config", None)
-        self._loss_shifts_labels = shifts and not getattr(config, "is_encoder_decoder", False)
+        self._loss_is_causal = shifts and not getattr(config, "is_encoder_decoder", False)
+        # Behind virtual tokens the first label of a row has something that it is predicted from, so it counts.
+        adapted = self._adapted()
+        self._loss_shifts_labels = self._loss_is_causal and not (adapted is not None and adapted.added()[0])
         # Makes transformers count the labels of all batches of a step; `compute_loss` weighs with them.
         self.model_accepts_loss_kwargs = True
         if self.label_smoother is not None and type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-            shifted: Any = functools.partial(self.label_smoother, shift_labels=True)
-            self.label_smoother = shifted
+            self.label_smoother = functools.partial(_smoothed, self.label_smoother)
 
     def _move_model_to_device(self, model: nn.Module, device: Any) -> None:
         # Where parts lie on several devices or on the disk, each stays where it is.
@@ -233,7 +235,8 @@ class Trainer(transformers.Trainer):
     def _loss_at_labels(self) -> AbstractContextManager[None]:
         """Lets causal language models compute logits where labels are, if nothing else looks at the logits."""
         others = self.compute_loss_func is not None or self.label_smoother is not None
-        if others or not self._loss_shifts_labels or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        others |= getattr(self.accelerator.unwrap_model(self.model), "judges_logits", False)
+        if others or not self._loss_is_causal or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return nullcontext()
         if self._labelled_loss is None:
             try:
@@ -439,6 +442,13 @@ def load_adapters(model: Any, folder: Path) -> None:
     for name in model.peft_config:
         tensors = load_peft_weights(folder if name == "default" else folder / name)
         set_peft_model_state_dict(model, tensors, adapter_name=name)
+
+
+def _smoothed(smoother: Any, output: Any, labels: Tensor, **how: Any) -> Tensor:
+    """The loss of a language model with label smoothing; the text stands behind any virtual tokens."""
+    logits = output["logits"] if isinstance(output, dict) else output[0]
+    loss: Tensor = smoother({"logits": logits[:, -labels.shape[1] :]}, labels, **{**how, "shift_labels": True})
+    return loss
 
 
 def _base(model: Any) -> Any:
