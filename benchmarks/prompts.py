@@ -47,7 +47,7 @@ class Sizes:
     epochs: int
 
 
-MODELS = {"minilm": Sizes(800, 500, 16, 5), "smollm2": Sizes(256, 200, 8, 3)}
+MODELS = {"minilm": Sizes(400, 300, 16, 10), "smollm2": Sizes(200, 150, 8, 3)}
 QUICK = Sizes(32, 32, 16, 1)
 
 
@@ -115,4 +115,4 @@ def draw(record: Record, page: Path = PAGE) -> None:
     lines += [f"| {m} | {' | '.join(line.get(column, '') for column in columns)} |" for m, line in cells.items()]
     start, end = "<!-- prompts -->", "<!-- end of prompts -->"
     before, _, rest = page.read_text(encoding="utf-8").partition(start)
-    page.write_text(f"{before}{start}\n{'\n'.join(lines)}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+    page.write_text("\n".join([before + start, *lines, end + rest.partition(end)[2]]), encoding="utf-8")

@@ -171,7 +171,7 @@ def page(method: Method, names: list[str]) -> str:
     settings = ["| setting | type | default |", "|---|---|---|"]
     base = {entry.name for entry in dataclasses.fields(PeftConfig)}
     for entry in dataclasses.fields(cls):
-        if entry.name in base or "planned" in entry.metadata:
+        if entry.name in base or entry.metadata.keys() & {"planned", "internal"}:
             continue
         default = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
         kind_of = str(entry.type).replace("|", "\\|")

@@ -206,7 +206,7 @@ def test_the_table_of_prompts_is_drawn(tmp_path: Path, monkeypatch: pytest.Monke
     for _ in range(2):
         prompts.draw(records.record("prompts", list(prompts.run(quick=False)), None), page)
     lines = page.read_text(encoding="utf-8").splitlines()
-    assert lines[0] == "above" and lines[-1] == "below"
+    assert (lines[0], lines[-1]) == ("above", "below")
     assert lines[2].count("|") == 2 + 4
     assert lines[5] == "| prompt tuning" + " | 0.900 (1,234)" * 4 + " |"
 
@@ -261,7 +261,8 @@ def test_every_output_and_sparse_method_is_in_the_tradeoff(monkeypatch: pytest.M
 
     monkeypatch.setattr(tradeoff, "_counted", counted)
     monkeypatch.setattr(tradeoff, "_linear", lambda task: [(1000, 100), (1000, 900)])
-    found = tradeoff.settings(tradeoff.TASKS["movie-sentiment"], ["lora", "houlsby", "fish_mask", "gps", "sparse", "shadow"])
+    names = ["lora", "houlsby", "fish_mask", "gps", "sparse", "shadow"]
+    found = tradeoff.settings(tradeoff.TASKS["movie-sentiment"], names)
     assert found["houlsby"] == {"name": "houlsby", "bottleneck_size": 8}
     assert found["fish_mask"] == {"name": "fish_mask", "count": 73728}
     assert found["gps"] == {"name": "gps", "count": 8}

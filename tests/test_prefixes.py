@@ -358,8 +358,7 @@ def test_flash_kernels_are_called_as_they_want_it(method: str) -> None:
     model = adapted("llama", method)
     inputs, texts = batch("left"), {"input_ids": tiny.tokens()}
     expected = [model(**given).logits for given in (inputs, texts)]
-    for config in (model.get_base_model().config,):
-        config._attn_implementation_internal = "flash_attention_stub"
+    model.get_base_model().config._attn_implementation_internal = "flash_attention_stub"
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(model(**inputs).logits[real], expected[0][real], **SINGLE)
     torch.testing.assert_close(model(**texts).logits, expected[1], **SINGLE)
@@ -367,6 +366,10 @@ def test_flash_kernels_are_called_as_they_want_it(method: str) -> None:
         model.add_adapter("lora", "lora:r=2")
         with pytest.raises(UnsupportedError, match="prefixes of some rows only"):
             model(**inputs, adapter_names=["default", BASE, "lora"])
+        windowed = adapted("mistral, window", method)
+        windowed.get_base_model().config._attn_implementation_internal = "flash_attention_stub"
+        with pytest.raises(UnsupportedError, match="beside a sliding window"):
+            windowed(**inputs)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -254,10 +254,9 @@ def reft(
                 continue  # there is no such position
             unit = 0
         basis = _basis(part).mT.contiguous()
-        made |= {
-            f"{path}.reft_edits.{unit}.source.{name}": part[f"learned_source.{name}"] for name in ("weight", "bias")
-        }
-        made[f"{path}.reft_edits.{unit}.basis"] = basis
+        edit = f"{path}.reft_edits.{unit}"
+        made |= {f"{edit}.source.{name}": part[f"learned_source.{name}"] for name in ("weight", "bias")}
+        made[f"{edit}.basis"] = basis
     config = cls(
         target_modules=list(dict.fromkeys(path for path, _ in units)),
         r=own["r"],
@@ -316,7 +315,7 @@ def head(
         if not found or found[1] not in names:
             return f"it holds {key}, which is no tensor of such a head ({said})"
         made[f"{module}{names[found[1]]}.{found[2]}"] = tensor
-    if model is not None and (lacking := [path for path in made if not _has(model, path)]):
+    if model is not None and (lacking := sorted(path for path in made if not _has(model, path))):
         return f"{type(model).__name__} has no {lacking[0]} ({said})"
     return module, made
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,15 +133,21 @@ def compose_cartridge_adapters(
     if any(base != bases[0] for base in bases):
         raise BaseMismatchError(f"{', '.join(map(str, adapter_paths))} were trained on different base models.")
     whole = torch.cat([tensors["prompt_embeddings"] for tensors, _ in files])
-    configs[0].num_virtual_tokens = len(whole)
-    checkpoint.write({"prompt_embeddings": whole}, configs[0], Path(output_path), bases[0] if bases else {})
+    composed = replace(configs[0], num_virtual_tokens=len(whole), init_text=None, init_examples=False)
+    checkpoint.write({"prompt_embeddings": whole}, composed, Path(output_path), bases[0] if bases else {})
 
 
 _ALIKE = ("task_type", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules", "places")
 
 
 def of_text(config: KeyValueConfig, run: Run) -> tuple[Tensor, Tensor]:
-    """The tokens of `init_text`, twice.
+    """The tokens of `init_text`, twice: both halves of an encoder-decoder read them."""
+    ids = text_ids(config)
+    return ids, ids
+
+
+def text_ids(config: KeyValueConfig) -> Tensor:
+    """The tokens of `init_text`, (length,).
 
     Raises:
         ConfigError: It is not known which tokenizer reads it.
@@ -153,7 +160,7 @@ def of_text(config: KeyValueConfig, run: Run) -> tuple[Tensor, Tensor]:
             f"{type(config).__name__}: init_text needs tokenizer_name_or_path, since the base model has no name."
         )
     ids: Tensor = AutoTokenizer.from_pretrained(source)(config.init_text, return_tensors="pt")["input_ids"][0]
-    return ids, ids
+    return ids
 
 
 def of_examples(config: KeyValueConfig, run: Run) -> tuple[Tensor, Tensor]:

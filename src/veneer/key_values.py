@@ -163,7 +163,7 @@ class KeyValueConfig(PromptLearningConfig):
         places: Which attention has prefixes: `self` (of a decoder, or of an encoder where there is no other half),
             `encoder` (the encoder's of an encoder-decoder), `cross`. `peft` knows the first only.
         init_text: A text that the prefix starts from: the keys and values that the model has for its first n tokens.
-            Read by `veneer.prepare(model)`, and by `veneer train` itself.
+            Read by `veneer.prepare(model)`, and by `veneer train` itself. All of them without `num_virtual_tokens`.
         init_examples: Start from those of the first examples of the training data instead, one after the other.
         tokenizer_name_or_path: The tokenizer of `init_text`; that of the base model if none.
 
@@ -186,6 +186,10 @@ class KeyValueConfig(PromptLearningConfig):
             raise ConfigError(f"{name}: init_text and init_examples are two starts. Choose one.")
 
     def on(self, root: nn.Module, modules: Mapping[str, nn.Module]) -> Self:
+        if self.num_virtual_tokens is None and self.init_text:
+            from veneer.contexts import text_ids
+
+            return replace(self, num_virtual_tokens=len(text_ids(self))).on(root, modules)
         paths = self._paths(root, modules)
         known = super().on(root, modules)
         if self.target_modules not in (None, paths):

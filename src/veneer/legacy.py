@@ -324,9 +324,8 @@ def from_adapterhub(
         }
         # All are scaled after the layer, those of the feed-forward part too.
         targets = list(names.values())
-        return IA3Config(target_modules=targets, feedforward_modules=[], base_model_name_or_path=base), _prefixed(
-            scaled
-        )
+        ia3 = IA3Config(target_modules=targets, feedforward_modules=[], base_model_name_or_path=base)
+        return ia3, _prefixed(scaled)
     enabled = [matrix in own.get("attn_matrices", "qv") for matrix in "qkv"]
     ranks: dict[str, int] = {}
     factors: dict[str, float] = {}

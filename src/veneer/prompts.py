@@ -130,6 +130,11 @@ class VirtualTokens(Adapter):
         self.first = site.shape[1] + VirtualTokens._reserved
         VirtualTokens._reserved += self.size
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        assert self.site is not None
+        VirtualTokens._reserved = max(VirtualTokens._reserved, self.first + self.size - self.site.shape[1])
+
     @property
     def ids(self) -> range:
         """The ids of the virtual tokens, in order."""
@@ -245,17 +250,19 @@ class Lengthened:
                     f"since its {read} first tokens, virtual ones included, have been read."
                 )
         real = torch.ones(self.rows, self.length, dtype=torch.long, device=text.device) if mask is None else mask
-        self.order = self._order(real)
+        # Without padding anywhere no numbers are looked at (`veneer estimate` has none).
+        padded = mask is not None or len({len(ids) for ids in how.tokens}) > 1
+        self.order = self._order(real) if padded else None
         own = torch.arange(how.most, device=text.device) >= how.most - self.counts[:, None]
         lengthened = self.goes_on and real.shape[1] > self.length  # by the caller
         whole = real if lengthened else self.put(own.to(real), real)
-        if mask is not None or not bool(whole.all()):
+        if padded:
             self.inputs["attention_mask"] = whole
         if given.get("position_ids") is not None:
             self.inputs["position_ids"] = given["position_ids"] + self.counts[:, None]
         if not self.goes_on:
             self._lengthen(own, *how.blocks(self.rows, text.device))
-        if given.get("position_ids") is None and takes_positions(model) and holes(whole):
+        if padded and given.get("position_ids") is None and takes_positions(model) and holes(whole):
             self.inputs["position_ids"] = positions_of(model, {**self.inputs, "attention_mask": whole})
 
     def _lengthen(self, own: Tensor, ids: Tensor, labels: Tensor) -> None:

@@ -1,10 +1,10 @@
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 
+import tiny
 import veneer
 from veneer.adapted import adapters_of
 from veneer.combine.ensemble import ensemble, ensemble_generate

@@ -254,6 +254,8 @@ def config(name: str, settings: dict[str, Any], spot: Spot) -> PeftConfig:
 def supported(name: str, settings: dict[str, Any], spot: Spot) -> bool:
     """Whether the method says that it makes sense on this spot; the contract holds it to both answers."""
     cls = parse_method({"name": name}).method()
+    if cls.kinds and spot.kind not in cls.kinds:
+        return False
     if not said_of(name, "fits", lambda settings, spot: True)(settings, spot):  # sizes that have to divide, and such
         return False
     if spot.parameter:

@@ -207,3 +207,8 @@ def test_what_cannot_be_estimated_is_refused(folder: Path) -> None:
         ask(folder, length=65)
     with pytest.raises(ConfigError, match=r"training\.optim is 'galore_adamw'"):
         ask(folder, optim="galore_adamw")
+    config = tiny.llama(max_position_embeddings=64).config
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    config.save_pretrained(folder / "packed")
+    with pytest.raises(ConfigError, match="are quantised already"):
+        ask(folder, "packed")

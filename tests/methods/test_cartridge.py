@@ -23,6 +23,7 @@ from veneer.preparation import Run, places_of
 from veneer.training.run import train
 
 SETTINGS: list[dict[str, Any]] = []  # needs a model with attention: see tests/test_prefixes.py
+SHOWN = {"num_virtual_tokens": 4}
 N = 4
 CONTEXT, TEXT = tiny.tokens(1, N, seed=3), tiny.tokens(2, 6)
 WORDS = " ".join(f"w{i}" for i in CONTEXT[0].tolist())
@@ -114,6 +115,9 @@ def test_preparing_reads_the_text_or_the_first_examples(method: str, tmp_path: P
         model.train()(TEXT)
     veneer.prepare(model)
     torch.testing.assert_close(model(TEXT).logits, after(model), **EXACT)
+    whole = cartridge(tiny.llama(), name=method, init_text="w3 w4 w5 w6 w7 w8", num_virtual_tokens=None,
+                      tokenizer_name_or_path=str(tmp_path))  # fmt: skip
+    assert whole.peft_config["default"].num_virtual_tokens == 6
     rows = torch.tensor([[0, 3], [4, 5], [6, 7]])  # the first is padding
     batches = [{"input_ids": row[None], "attention_mask": (row[None] > 0).long()} for row in rows]
     model = cartridge(tiny.llama(), name=method, init_examples=True)

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import veneer
 from tiny import llama, randomise, tokens
 from veneer.adapted import adapters_of
-from veneer.errors import ConfigError
+from veneer.errors import CheckpointError, ConfigError
 from veneer.methods.frod import FrodConfig, off_diagonal
 
 SETTINGS = [{"sparse_rate": 0.2}, {"sparse_rate": 0.1, "save_projection": False, "projection_prng_key": 3}]
@@ -73,6 +73,29 @@ def test_files(save_projection: bool, tmp_path: Path) -> None:
     assert len(load_file(tmp_path / "adapter_model.safetensors")) == 2 * 4 + (3 * 2 if save_projection else 0)
     loaded = veneer.PeftModel.from_pretrained(llama().double(), tmp_path).eval()
     assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+
+
+def test_places_outside_of_the_core_are_refused(tmp_path: Path) -> None:
+    adapted().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(tensor for name, tensor in tensors.items() if "s_indices" in name)[0, 0] = 32
+    save_file(tensors, file)
+    for record in tmp_path.glob("*.sha256"):
+        record.unlink()
+    with pytest.raises(CheckpointError, match="a place outside of 32 x 32"):
+        veneer.PeftModel.from_pretrained(llama().double(), tmp_path)
+
+
+def test_the_core_with_its_gradients_is_that_of_the_formula() -> None:
+    wrapper, adapter = next(iter(adapters_of(adapted(sparse_rate=0.1), "default")))
+    v, parameters = adapter.shared.v(wrapper.path), [adapter.diagonal, adapter.values]
+    for count in (3, 200):
+        x, g = torch.randn(count, 32).double().requires_grad_(), torch.randn(count, wrapper.site.shape[0]).double()
+        expected = x @ (adapter.u @ adapter.core() @ v.T + adapter.site.read()).T
+        wanted = torch.autograd.grad(expected, [x, *parameters], g)
+        for found, gradient in zip(torch.autograd.grad(wrapper(x), [x, *parameters], g), wanted, strict=True):
+            torch.testing.assert_close(found, gradient)
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(4, 3), nn.Conv2d(4, 3, 1)])

@@ -15,6 +15,7 @@ import veneer
 from veneer.errors import CheckpointError, ConfigError, TargetError
 
 SETTINGS: list[dict[str, Any]] = []  # needs a model with attention: see tests/test_prefixes.py
+SHOWN = {"num_virtual_tokens": 4}
 N = 3
 
 
@@ -100,7 +101,7 @@ def test_some_layers_alone(tmp_path: Path) -> None:
 )
 def test_settings_that_mean_nothing(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        veneer.get_peft_model(tiny.llama(), {"name": "prefix_tuning", **settings})
+        veneer.get_peft_model(tiny.llama(), veneer.PrefixTuningConfig(**settings))
 
 
 def test_a_place_that_the_model_lacks() -> None:

@@ -140,12 +140,12 @@ def theirs(method: str, kind: str, like: veneer.PeftModel) -> peft.PeftModel:
         ).double()
     own, given = there.prompt_encoder["default"], tensors(like)
     if method.startswith("p_tuning"):
-        network = {"mlp_head." + n: p for n, p in like_network(like).items() if not n.startswith(("lstm.", "top."))}
-        network |= {
-            n.replace("lstm.", "lstm_head.").replace("top.", "mlp_head."): p
-            for n, p in like_network(like).items()
-            if n.startswith(("lstm.", "top."))
-        }
+        network = {}
+        for key, tensor in given.items():
+            if key.startswith("prompt_encoder.network."):
+                name = key.removeprefix("prompt_encoder.network.")
+                part, _, rest = name.partition(".")
+                network[{"lstm": f"lstm_head.{rest}", "top": f"mlp_head.{rest}"}.get(part, f"mlp_head.{name}")] = tensor
         own.load_state_dict({"embedding.weight": given["prompt_encoder.embedding"], **network})
     elif method == "multitask_prompt_tuning":
         names = ("prefix_task_cols", "prefix_task_rows")
@@ -163,9 +163,12 @@ def theirs(method: str, kind: str, like: veneer.PeftModel) -> peft.PeftModel:
     return there.eval()
 
 
-def like_network(model: veneer.PeftModel) -> dict[str, Tensor]:
-    own = {key: tensor for key, tensor in tensors(model).items() if key.startswith("prompt_encoder.network.")}
-    return {key.removeprefix("prompt_encoder.network."): tensor for key, tensor in own.items()}
+@pytest.mark.parametrize(
+    "name", ["PromptTuningInit", "MultitaskPromptTuningInit", "PromptEncoderReparameterizationType"]
+)
+def test_enumerations_are_those_of_peft(name: str) -> None:
+    theirs = getattr(peft, name, None) or getattr(peft.tuners.multitask_prompt_tuning, name)
+    assert {member.name: member.value for member in getattr(veneer, name)} == {m.name: m.value for m in theirs}
 
 
 @pytest.mark.parametrize(("method", "kind"), CELLS)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from veneer.model import PeftModel
 
 WAYS = ("probabilities", "logits", "votes")
-"""How members are put together: the mean of their probabilities, of their logits, or the share that puts a class first."""
+"""How members are put together: the mean of probabilities or of logits, or the share that puts a class first."""
 
 # Settings of `generate` by which members would go on with different texts.
 _PARTING = ("do_sample", "num_beams", "num_return_sequences", "assistant_model", "penalty_alpha")
@@ -112,9 +112,7 @@ def ensemble_generate(
 
     processors = LogitsProcessorList([*(repeated.pop("logits_processor", None) or ()), Together()])
     plain: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-    output = model.generate(
-        **{**plain, **repeated}, logits_processor=processors, adapter_names=list(adapters) * rows
-    )
+    output = model.generate(**{**plain, **repeated}, logits_processor=processors, adapter_names=list(adapters) * rows)
     if isinstance(output, Tensor):
         return output[::size]
     output.sequences = output.sequences[::size]
@@ -154,8 +152,8 @@ def _text(inputs: Mapping[str, Any]) -> Tensor:
     found = next((inputs[name] for name in names if inputs.get(name) is not None), None)
     if found is None:
         raise ConfigError(
-            f"An ensemble was called without input_ids or inputs_embeds (given: {', '.join(inputs) or 'nothing'}). Pass "
-            "one of them by name."
+            f"An ensemble was called without input_ids or inputs_embeds (given: {', '.join(inputs) or 'nothing'}). "
+            "Pass one of them by name."
         )
     return found  # type: ignore[no-any-return]
 

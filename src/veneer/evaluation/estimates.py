@@ -396,6 +396,7 @@ def _check_length(model: PeftModel, batch: Batch, options: RunOptions) -> None:
     if batch.longest < 1 or (limit is not None and batch.longest > limit):
         raise ConfigError(
             f"Examples of {batch.longest} tokens were asked for, and {options.model.name!r} takes 1 to "
-            f"{'any' if limit is None else limit}" + (f" beside the {added} that the method adds. " if added else ". ") +
-            "Give another --length, or another data.max_length."
+            f"{'any' if limit is None else limit}"
+            + (f" beside the {added} that the method adds. " if added else ". ")
+            + "Give another --length, or another data.max_length."
         )

@@ -64,7 +64,7 @@ class Cartridge(KeyValuePrefix):
     shared: Parts
 
 
-@register("cartridge")
+@register("cartridge", num_virtual_tokens=20)
 @dataclass
 class CartridgeConfig(KeyValueConfig):
     """Configuration of `Cartridge`.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from veneer.adapter import Base, Shared, WeightAdapter, onto
 from veneer.config import WeightConfig, check_shares, planned
-from veneer.errors import ConfigError
+from veneer.errors import CheckpointError, ConfigError
 from veneer.products import allowed_by_hand
 from veneer.registry import register
 from veneer.sites import Site
@@ -72,6 +72,13 @@ class Directions(Shared):
     def from_file(self, tensors: Mapping[str, Tensor]) -> None:
         own = {"frod_V": "v_", "frod_s_indices": "s_"}
         named = {key.partition("."): tensor for key, tensor in tensors.items()}
+        for (what, _, name), tensor in named.items():
+            # Sparse products do not look: they would read and write elsewhere.
+            if what == "frod_s_indices" and bool(((tensor < 0) | (tensor >= self.sides[name])).any()):
+                raise CheckpointError(
+                    f"frod_s_indices.{name}: a place outside of {self.sides[name]} x {self.sides[name]}. The file is "
+                    "damaged, or belongs to another model."
+                )
         super().from_file({own[what] + name: tensor for (what, _, name), tensor in named.items() if what in own})
         self.decompose([name for name in self.sides if f"frod_V.{name}" not in tensors])
 
@@ -264,7 +271,9 @@ def _sampled(a: Tensor, b: Tensor, places: Tensor) -> Tensor:
     starts = F.pad(torch.bincount(rows, minlength=side).cumsum(0), (1, 0))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        pattern = torch.sparse_csr_tensor(starts, columns, a.new_zeros(len(order)), (side, side))
+        pattern = torch.sparse_csr_tensor(
+            starts, columns, a.new_zeros(len(order)), (side, side), check_invariants=False
+        )
     found = torch.sparse.sampled_addmm(pattern, a.contiguous(), b, beta=0.0).values()
     return torch.empty_like(found).index_copy_(0, order, found)
 

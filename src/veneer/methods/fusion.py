@@ -83,7 +83,7 @@ class FusionConfig(ExpertsConfig):
 
     adapter = Fusion
     peft_name = "FUSION"
-    learning_rates = {"classification": 1e-4, "causal-lm": 1e-4}  # noqa: RUF012  # read only
+    learning_rates = {"classification": 5e-4, "causal-lm": 2e-4}  # noqa: RUF012  # read only
 
     regularization: float = 0.01
 

@@ -83,7 +83,8 @@ class Ladder(Adapter):
         super().__init__(None, config)
         self.block: list[nn.Module] = [module]  # until it has been pruned; in a list, so that it is no submodule
         found = configs_of(module)
-        if not found or "config" not in inspect.signature(type(module).__init__).parameters:
+        attends = any("Attention" in type(part).__name__ for part in module.children())
+        if not found or not attends or "config" not in inspect.signature(type(module).__init__).parameters:
             raise TargetError(
                 f"{type(module).__name__} is no transformer block that a narrow copy can be made of. Leave "
                 "target_modules out to have all blocks."
@@ -91,7 +92,7 @@ class Ladder(Adapter):
         self.index = next((m.layer_idx for m in module.modules() if getattr(m, "layer_idx", None) is not None), 0)
         self.width, self.blocks = int(found[0].hidden_size), int(found[0].num_hidden_layers)
         settings = narrowed(found[0], config.reduction)
-        self.narrow = int(settings.hidden_size)
+        self.narrow, self.rotary = int(settings.hidden_size), is_rotary(found[0])
         place = {"layer_idx": self.index} if "layer_idx" in inspect.signature(type(module).__init__).parameters else {}
         try:
             self.side = type(module)(settings, **place)
@@ -126,7 +127,7 @@ class Ladder(Adapter):
         nn.init.zeros_(self.gate)
         if self.up is not None:
             nn.init.zeros_(self.up)
-        prune(self.block[0], self.side, self.shared.channels, self.width)
+        prune(self.block[0], self.side, self.shared.channels, self.width, self.rotary)
         self.block.clear()
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
@@ -165,14 +166,18 @@ class Ladder(Adapter):
         self.block.clear()
 
 
+def is_rotary(config: Any) -> bool:
+    """Whether heads have a width of their own, which positions are turned in."""
+    return bool(getattr(config, "rope_parameters", None) or getattr(config, "head_dim", None))
+
+
 def narrowed(given: Any, reduction: int) -> Any:
     """A model's configuration for blocks that are `reduction` times narrower."""
     config = copy.deepcopy(given)
     heads, width = config.num_attention_heads, config.hidden_size
-    rotary = getattr(config, "rope_parameters", None) or getattr(config, "head_dim", None)
     narrow = max(1, width // reduction)
     fewer = max(1, heads // reduction)
-    if rotary:  # blocks are handed the rotations of the model's heads
+    if is_rotary(given):  # blocks are handed the rotations of the model's heads
         config.head_dim = getattr(given, "head_dim", None) or width // heads
         pairs = getattr(config, "num_key_value_heads", None)
         if pairs is not None:
@@ -198,36 +203,47 @@ def _tensors(block: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def prune(block: nn.Module, side: nn.Module, channels: Tensor, width: int) -> None:
+def prune(block: nn.Module, side: nn.Module, channels: Tensor, width: int, heads: bool) -> None:
     """Gives the side block those of the block's weights that fall on chosen channels.
 
-    Hidden channels are those given; heads are the first ones; of the feed-forward width, those of most weight. What has
-    no counterpart keeps its random start.
+    Hidden channels are those given; of the feed-forward width, those of most weight. What has no counterpart keeps its
+    random start.
+
+    Args:
+        block: The model's block.
+        side: The narrow one.
+        channels: The hidden channels.
+        width: How many the model has.
+        heads: Whether heads are kept whole: then they are the first ones.
     """
     whole, narrow = _tensors(block), dict(side.named_parameters())
     pairs = {name: (whole[name], small) for name, small in narrow.items() if name in whole}
     chosen: dict[tuple[int, int], Tensor] = {(width, len(channels)): channels}
     chosen[3 * width, 3 * len(channels)] = torch.cat([channels + i * width for i in range(3)])  # fused projections
+    named = {name.rpartition(".")[0]: None for name, (large, _) in pairs.items() if "att" in name and large.dim() > 1}
+    attention = list(named) if heads else []  # projections; the last one leads back
+
+    def is_heads(name: str, dim: int) -> bool:
+        path = name.rpartition(".")[0]
+        return path in attention and dim == (1 if path == attention[-1] else 0)
+
     scores: dict[tuple[int, int], Tensor] = {}
     for name, (large, small) in pairs.items():
         for dim in range(large.dim()) if large.dim() == small.dim() else ():
             size = (large.shape[dim], small.shape[dim])
-            if size in chosen or size[0] == size[1]:
-                continue
-            if "att" in name:
-                chosen[size] = torch.arange(size[1])
-            else:
+            if size not in chosen and size[0] != size[1] and not is_heads(name, dim):
                 others = [d for d in range(large.dim()) if d != dim]
                 weight = large.float().square().sum(others).cpu() if others else large.float().square().cpu()
                 scores[size] = scores.get(size, 0) + weight
     chosen |= {size: score.topk(size[1]).indices.sort().values for size, score in scores.items() if size not in chosen}
-    for large, small in pairs.values():
+    for name, (large, small) in pairs.items():
         if large.dim() == small.dim():
             part = large
             for dim in range(large.dim()):
                 if large.shape[dim] != small.shape[dim]:
-                    index = chosen[large.shape[dim], small.shape[dim]].to(part.device)
-                    part = part.index_select(dim, index)
+                    size = (large.shape[dim], small.shape[dim])
+                    index = torch.arange(size[1]) if is_heads(name, dim) else chosen[size]
+                    part = part.index_select(dim, index.to(part.device))
             small.copy_(part)
 
 

@@ -186,7 +186,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     peft_name = "MULTITASK_PROMPT_TUNING"
     starts: ClassVar[type[StrEnum]] = MultitaskPromptTuningInit
 
-    prompt_tuning_init: str = MultitaskPromptTuningInit.RANDOM
+    prompt_tuning_init: str = "RANDOM"
     prompt_tuning_init_state_dict_path: str | None = None
     prompt_tuning_init_task: int = 0
     num_ranks: int = 1

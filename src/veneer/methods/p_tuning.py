@@ -101,8 +101,9 @@ class PromptEncoderConfig(VirtualTokensConfig):
 
     adapter = PTuning
     peft_name = "P_TUNING"
+    learning_rates = {"classification": 2e-3, "causal-lm": 2e-3}  # noqa: RUF012  # read only; of a network
 
-    encoder_reparameterization_type: str = PromptEncoderReparameterizationType.MLP
+    encoder_reparameterization_type: str = "MLP"
     encoder_hidden_size: int | None = None
     encoder_num_layers: int = 2
     encoder_dropout: float = 0.0

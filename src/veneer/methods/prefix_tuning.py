@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from veneer.config import PeftConfig
 from veneer.errors import CheckpointError, ConfigError
 from veneer.key_values import KeyValueConfig, KeyValuePrefix, KeyValues
 from veneer.registry import register
@@ -107,7 +108,7 @@ class PrefixTuning(KeyValuePrefix):
     shared: Prefixes
 
 
-@register("prefix_tuning")
+@register("prefix_tuning", num_virtual_tokens=20)
 @dataclass
 class PrefixTuningConfig(KeyValueConfig):
     """Configuration of `PrefixTuning`.
@@ -127,6 +128,12 @@ class PrefixTuningConfig(KeyValueConfig):
     init_weights: Literal["zero"] | None = None
     encoder_hidden_size: int | None = None
     prefix_projection: bool = False
+
+    @property
+    def learning_rates(self) -> Mapping[str, float]:  # type: ignore[override]
+        """Of keys and values; a network wants the rates that others do."""
+        own = {"classification": 3e-2, "causal-lm": 1e-2}
+        return PeftConfig.learning_rates if self.prefix_projection else own
 
     def __post_init__(self) -> None:
         super().__post_init__()

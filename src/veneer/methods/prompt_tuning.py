@@ -116,9 +116,10 @@ class PromptTuningConfig(VirtualTokensConfig):
 
     adapter = PromptTuning
     peft_name = "PROMPT_TUNING"
+    learning_rates = {"classification": 3e-2, "causal-lm": 3e-2}  # noqa: RUF012  # read only
     starts: ClassVar[type[StrEnum]] = PromptTuningInit
 
-    prompt_tuning_init: str = PromptTuningInit.RANDOM
+    prompt_tuning_init: str = "RANDOM"
     prompt_tuning_init_text: str | None = None
     tokenizer_name_or_path: str | None = None
     tokenizer_kwargs: dict[str, Any] | None = None

@@ -116,15 +116,20 @@ class _Turn(torch.autograd.Function):
             return g * own + (g * partner).flip(axis), *products, None
         # One piece of memory for all that is summed, and for the gradient of y.
         memory = g * y
-        grad_own = memory.sum_to_size(own.shape)
+        grad_own = _summed(memory, own)
         for half in (0, 1):
             torch.mul(g.select(axis, half), y.select(axis, 1 - half), out=memory.select(axis, half))
-        grad_partner = memory.sum_to_size(own.shape)
+        grad_partner = _summed(memory, own)
         if needs_y:
             torch.mul(g, own, out=memory)
             for half in (0, 1):
                 memory.select(axis, 1 - half).addcmul_(g.select(axis, half), partner.select(axis, half))
         return memory if needs_y else None, grad_own, grad_partner, None
+
+
+def _summed(products: Tensor, like: Tensor) -> Tensor:
+    """The sum over what `like` is broadcast along, never in the memory of `products`."""
+    return products.clone() if products.shape == like.shape else products.sum_to_size(like.shape)
 
 
 @register("road")

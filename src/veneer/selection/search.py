@@ -96,10 +96,8 @@ def search(options: RunOptions, what: SearchOptions, *, console: Console | None 
             study.tell(trial, value, state)
             gc.collect()
             basis.original.restore()
-        described = told(study.trials[trial.number])
-        console.print(
-            f"trial {trial.number} ({count + 1} of {what.trials}), {described}: {said}", markup=False, soft_wrap=True
-        )
+        head = f"trial {trial.number} ({count + 1} of {what.trials}), {told(study.trials[trial.number])}"
+        console.print(f"{head}: {said}", markup=False, soft_wrap=True)
     return written(study, options, folder)
 
 
@@ -242,9 +240,9 @@ def suggest(trial: Trial, options: RunOptions, what: SearchOptions) -> tuple[dic
     # Methods on all kinds of linear layers; others have places of their own.
     default = getattr(cls, "default_targets", None)
     free = default in ((), ("all-linear",)) and "linear" in cls.adapter.kinds
-    choices = [OWN_TARGETS, *(targets for targets in what.targets if (targets,) != default)]
-    if free and len(choices) > 1 and "target_modules" not in given:
-        targets = trial.suggest_categorical(f"{spec}: target_modules", choices)
+    places = [OWN_TARGETS, *(targets for targets in what.targets if (targets,) != default)]
+    if free and len(places) > 1 and "target_modules" not in given:
+        targets = trial.suggest_categorical(f"{spec}: target_modules", places)
         if targets != OWN_TARGETS:
             method["target_modules"] = _targets(targets)
     if "learning_rate" not in {**options.training, **training}:

@@ -290,7 +290,8 @@ def generate(
     answers: dict[int, str] = {}
     training = model.training
     model.eval()
-    for chosen, batch in _batches([{"input_ids": list(ids)} for ids in prompts], collate, max(1, 8 // max(1, len(names)))):
+    size = max(1, 8 // max(1, len(names)))
+    for chosen, batch in _batches([{"input_ids": list(ids)} for ids in prompts], collate, size):
         inputs: dict[str, Any] = {name: tensor.to(model.device) for name, tensor in batch.items()}
         with torch.inference_mode():
             written = write(
@@ -338,9 +339,7 @@ def _classify(
     return [answers[i] for i in range(len(examples))]
 
 
-def _shares(
-    model: PeftModel, batch: dict[str, Tensor], names: Sequence[str], combine: str
-) -> tuple[Tensor, Tensor]:
+def _shares(model: PeftModel, batch: dict[str, Tensor], names: Sequence[str], combine: str) -> tuple[Tensor, Tensor]:
     """What the classes get, (rows, classes), and by what they are ranked."""
     if len(names) == 1:
         shares = logits_of(model, batch).softmax(dim=-1)
