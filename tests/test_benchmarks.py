@@ -284,3 +284,11 @@ def test_the_tradeoff_tells_of_methods_that_fail(monkeypatch: pytest.MonkeyPatch
     rows = list(tradeoff.run(quick=True))
     assert [row.unit for row in rows] == ["accuracy", "failed"] * 2
     assert rows[1].score == {"failed": "veneer.errors.ConfigError: no place"}
+
+
+def test_a_step_beside_the_benchmark_model_is_taken_by_every_method() -> None:
+    from benchmarks import memory, side
+
+    sizes = memory.QUICK["a narrow Llama"]
+    weights = memory.held(memory.build(sizes, "float32"))
+    assert [side._steps(sizes, method, 2, 16) for method in side.METHODS.values()] == [weights] * 3

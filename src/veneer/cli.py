@@ -293,6 +293,8 @@ def _show_warnings(debug: bool) -> None:
 
 
 def _interrupted(arguments: Sequence[str]) -> str:
+    if arguments[:1] == ["search"]:
+        return "veneer: interrupted. The same command goes on with the study."
     if arguments[:1] not in (["train"], ["compare"]):
         return "veneer: interrupted; nothing was left half-written."
     again = shlex.join(["veneer", *arguments, "--output.resume", "true"])

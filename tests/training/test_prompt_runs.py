@@ -200,7 +200,8 @@ def test_an_estimate_counts_what_is_added(encoder: Path, decoder: Path, tmp_path
     assert most.peak > plain.peak
     assert most.flops > 2 * plain.flops
     one, many = ask("prefix_tuning:num_virtual_tokens=1", 20), ask("prefix_tuning:num_virtual_tokens=40", 20)
-    assert one.flops < many.flops < most.flops
+    assert many.trained > one.trained
+    assert many.parts["activations"] > one.parts["activations"]
     with pytest.raises(ConfigError, match=r"20 tokens were asked for, .* takes 1 to 14 beside the 50 that the method"):
         ask("prefix_tuning:num_virtual_tokens=50", 20)
 

@@ -99,7 +99,7 @@ def ensemble_generate(
     rows, repeated = _repeated(adapters, inputs)
     size = len(adapters)
 
-    class Together(LogitsProcessor):  # type: ignore[misc]
+    class Together(LogitsProcessor):
         """Gives all members of a row one set of scores."""
 
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ def _text(inputs: Mapping[str, Any]) -> Tensor:
             f"An ensemble was called without input_ids or inputs_embeds (given: {', '.join(inputs) or 'nothing'}). "
             "Pass one of them by name."
         )
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _repeated(adapters: Sequence[str], inputs: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:

@@ -80,4 +80,5 @@ def _nearest(prompt: Any, words: Any, tokenizer: Any) -> Nearest:
 def _said(tokenizer: Any, token: int) -> str:
     """A token as text, or by its name where it is nothing but space or half a letter."""
     text: str = tokenizer.decode([token])
-    return text.strip() if text.strip() and "\ufffd" not in text else str(tokenizer.convert_ids_to_tokens(token))
+    plain = bool(text.strip()) and "\ufffd" not in text
+    return text.replace(" ", "\u2423") if plain else str(tokenizer.convert_ids_to_tokens(token))

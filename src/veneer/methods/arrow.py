@@ -16,7 +16,37 @@ from veneer.methods.lora import Lora, LoraConfig, variant
 from veneer.sites import Site
 
 
-@variant("arrow", arrow_config={})
+@dataclass(frozen=True)
+class ArrowConfig(Nested):
+    """Settings of Arrow, field by field those of `peft`.
+
+    Args:
+        top_k: Experts that each token has.
+        router_temperature: Divides the similarities; the lower, the sharper.
+        use_gks: Subtract general knowledge.
+        task_adapter_names: Adapters that have to be among the experts.
+        gks_adapter_names: Adapters of general knowledge.
+        rng_seed: Kept for `peft`; nothing is drawn here.
+
+    Raises:
+        ConfigError: A number that is not positive, or nothing to subtract.
+    """
+
+    top_k: int = 3
+    router_temperature: float = 1.0
+    use_gks: bool = False
+    task_adapter_names: list[str] | None = None
+    gks_adapter_names: list[str] | None = None
+    rng_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("top_k", "router_temperature"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"ArrowConfig: {name}={getattr(self, name)!r}; a positive number was expected.")
+
+
+@variant("arrow", arrow_config=ArrowConfig())
 class Arrow(Lora):
     r"""Weighs the LoRA adapters of its place by how much a token points in the main direction of each.
 
@@ -116,33 +146,3 @@ class Arrow(Lora):
                 found.append(q @ torch.linalg.eigh(reduced.mT @ reduced).eigenvectors[:, -1])
             self.prototypes = state, torch.stack(found).to(factors[0][0].dtype)
         return self.prototypes[1]
-
-
-@dataclass(frozen=True)
-class ArrowConfig(Nested):
-    """Settings of Arrow, field by field those of `peft`.
-
-    Args:
-        top_k: Experts that each token has.
-        router_temperature: Divides the similarities; the lower, the sharper.
-        use_gks: Subtract general knowledge.
-        task_adapter_names: Adapters that have to be among the experts.
-        gks_adapter_names: Adapters of general knowledge.
-        rng_seed: Kept for `peft`; nothing is drawn here.
-
-    Raises:
-        ConfigError: A number that is not positive, or nothing to subtract.
-    """
-
-    top_k: int = 3
-    router_temperature: float = 1.0
-    use_gks: bool = False
-    task_adapter_names: list[str] | None = None
-    gks_adapter_names: list[str] | None = None
-    rng_seed: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("top_k", "router_temperature"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"ArrowConfig: {name}={getattr(self, name)!r}; a positive number was expected.")

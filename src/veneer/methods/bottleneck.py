@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapter import Adapter, Base
-from veneer.config import ModuleConfig, check_positive, check_shares
+from veneer.config import ModuleConfig, check_positive, check_shares, own
 from veneer.errors import ConfigError
 from veneer.methods.ln_tuning import LNTuningConfig
 from veneer.outputs import OutputAdapter
@@ -128,8 +128,8 @@ class BottleneckConfig(ModuleConfig):
     non_linearity: Literal["relu", "gelu", "swish", "tanh", "leakyrelu"] = "gelu"
     dropout: float = 0.0
     scaling: float | Literal["learned", "channel"] = 1.0
-    train_norms: bool = False
-    around_norm: bool = False
+    train_norms: bool = own(False)
+    around_norm: bool = own(False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -114,7 +114,7 @@ class CompacterConfig(BottleneckConfig):
     adapter = Compacter
     peft_name = "COMPACTER"
     around = CompacterAroundNorm
-    learning_rates = {"classification": 3e-3, "causal-lm": 3e-3}  # noqa: RUF012  # 3e-3: appendix of the paper
+    learning_rates = {"classification": 1e-2, "causal-lm": 3e-3}  # noqa: RUF012  # read only
 
     reduction: int = 32
     terms: int = 4

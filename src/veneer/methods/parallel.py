@@ -135,6 +135,7 @@ class ParallelConfig(BottleneckConfig):
     adapter = Parallel
     peft_name = "PARALLEL_ADAPTER"
     default_targets = (["ffn-input", "ffn-output"],)
+    learning_rates = {"classification": 1e-3, "causal-lm": 5e-4}  # noqa: RUF012  # lower, as s = 4 acts as a rate does
 
     input_modules: list[str] | str | None = None
 

@@ -131,7 +131,7 @@ class Xlora(Combined):
         for i, expert in enumerate(self.experts.values()):
             down, up = expert.factors()  # type: ignore[operator]
             hidden = F.dropout(x.to(down.dtype) * weights[..., i, None], expert.dropout, expert.training)  # type: ignore[arg-type]
-            part = F.linear(F.linear(hidden, down), up * expert.scaling)  # type: ignore[operator]
+            part = F.linear(F.linear(hidden, down), up * expert.scaling)
             delta = part if delta is None else delta + part
         assert delta is not None
         return y + (self.config.global_scaling_weight * delta).to(y.dtype)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from veneer.config import ModuleConfig, PeftConfig
@@ -44,18 +45,12 @@ class Chosen:
         if self.unit == "entries":
             total = sum(positions.numel() for positions in self.positions.values())
             common = sum(
-                int((_flags(positions, other.positions[path])).sum())
+                int(torch.isin(positions, other.positions[path]).sum())
                 for path, positions in self.positions.items()
                 if path in other.positions
             )
             return common / total
         return sum(min(n, other.counts.get(p, 0)) for p, n in self.counts.items()) / sum(self.counts.values())
-
-
-def _flags(positions: Tensor, others: Tensor) -> Tensor:
-    import torch
-
-    return torch.isin(positions, others)
 
 
 def criterion_for(config: PeftConfig, given: str | None) -> str:
@@ -168,11 +163,10 @@ def choose(
     adapted = [path for path in kept if ranks[path]]
     settings["target_modules"] = exactly(adapted, modules)
     other = {path: rank for path, rank in ranks.items() if rank and rank != config.r}
-    root_scaled = config.use_rslora
     settings["rank_pattern"] = other
     # The same scaling everywhere: what is chosen is how much a module may learn, not how fast.
     settings["alpha_pattern"] = {
-        path: config.lora_alpha * (math.sqrt(rank / config.r) if root_scaled else rank / config.r)
+        path: config.lora_alpha * (math.sqrt(rank / config.r) if config.use_rslora else rank / config.r)
         for path, rank in other.items()
     }
     return Chosen(settings, {path: ranks[path] for path in adapted}, "rank", {})

@@ -206,7 +206,11 @@ def _join(model: PeftModel, first: Path, other: Path) -> str:
 
     def answers(folder: Path) -> dict[str, Any]:
         options, labels = run_folder.read_options(folder), run_folder.read_result(folder).labels
-        found = {"task": options.task, "model.dtype": options.model.dtype, "model.quantize": options.model.quantize}
+        found: dict[str, Any] = {
+            "task": options.task,
+            "model.dtype": options.model.dtype,
+            "model.quantize": options.model.quantize,
+        }
         if options.model.quantize == "int8":
             found["layers in int8"] = run_folder.read_quantization(folder).layers
         if options.task == "classification":

@@ -99,7 +99,8 @@ class Trainer(transformers.Trainer):
         # Makes transformers count the labels of all batches of a step; `compute_loss` weighs with them.
         self.model_accepts_loss_kwargs = True
         if self.label_smoother is not None and type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-            self.label_smoother = functools.partial(_smoothed, self.label_smoother)
+            shifted: Any = functools.partial(_smoothed, self.label_smoother)
+            self.label_smoother = shifted
 
     def _move_model_to_device(self, model: nn.Module, device: Any) -> None:
         # Where parts lie on several devices or on the disk, each stays where it is.
