@@ -209,8 +209,8 @@ class Adapter(nn.Module):
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset()
-    """Kinds of sites that the method makes sense on, and `"module"` for modules that are no matrix, such as whole blocks;
-    empty for methods that attach to anything."""
+    """Kinds of sites that the method makes sense on, and `"module"` for modules that are no matrix, such as whole
+    blocks; empty for methods that attach to anything."""
 
     shares: ClassVar[type[Shared] | None] = None
     """What the adapters of one name have in common; each finds it as `self.shared`."""

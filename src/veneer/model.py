@@ -577,8 +577,8 @@ class PeftModel(nn.Module):
         if adapters and sparse.is_sparse(self, adapters):
             if combination_type != "linear" or how:
                 raise ConfigError(
-                    f"combination_type={combination_type!r}{', ' * bool(how)}{', '.join(how)}: sparse adapters are added "
-                    "entry by entry, without a rank or pruning. Pass combination_type='linear' alone."
+                    f"combination_type={combination_type!r}{', ' * bool(how)}{', '.join(how)}: sparse adapters are "
+                    "added entry by entry, without a rank or pruning. Pass combination_type='linear' alone."
                 )
             sparse.combine(self, adapters, weights, adapter_name)
             return

@@ -42,8 +42,7 @@ def prepare(
         model: The adapted model, before training.
         batches: What the model is called with, a batch at a time: mappings of arguments, tuples of them, or single
             tensors; moved to the model's device. Methods may go through them several times; an iterator is read into
-            a list for that. Methods that need gradients need labels in them, or `loss`. None are needed for scores from a
-            file.
+            a list for that. Methods that need gradients need labels in them, or `loss`. Scores from a file need none.
         adapter_name: The adapter; the active ones if none.
         loss: Loss of the model on a batch; none takes the one that the model gives.
 

@@ -92,6 +92,6 @@ class LtSftConfig(SparseConfig):
         check_positive(self, "steps", "learning_rate")
         if self.scores is not None:
             raise ConfigError(
-                f"LtSftConfig: scores={self.scores!r}, but its score is how far phase 1 moves the weights. Leave scores "
-                "out, or use the method sparse."
+                f"LtSftConfig: scores={self.scores!r}, but its score is how far phase 1 moves the weights. Leave "
+                "scores out, or use the method sparse."
             )
