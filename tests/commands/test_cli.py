@@ -442,6 +442,17 @@ def test_a_corrupted_adapter_is_refused(classifier: str, tmp_path: Path, capsys:
 # Merging
 
 
+def test_predict_asks_an_ensemble(classifier: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", classifier, "dull film"]) == 0
+    alone = capsys.readouterr().out
+    assert main(["predict", classifier, "dull film", "--ensemble", classifier, classifier]) == 0
+    assert capsys.readouterr().out == alone
+    assert main(["predict", classifier, "dull film", "--ensemble", classifier, "--combine", "votes", "--json"]) == 0
+    assert sorted(json.loads(capsys.readouterr().out)["probabilities"].values()) == [0, 1]
+    assert main(["predict", classifier, "dull film", "--combine", "votes"]) == 2
+    assert "--combine goes with --ensemble" in capsys.readouterr().err
+
+
 def test_merge_writes_a_plain_model(classifier: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert main(["merge", classifier, "--output", str(tmp_path / "merged")]) == 0
