@@ -24,7 +24,7 @@ from veneer.products import LowRank, run_layers, runs_by_hand
 if TYPE_CHECKING:
     from veneer.adapted import Adapted
     from veneer.preparation import Run
-    from veneer.prompts import Lengthened
+    from veneer.prompting.prompts import Lengthened
     from veneer.sites import Site
 
 WEIGHT_KINDS = frozenset({"linear", "conv", "embedding", "parameter"})

@@ -33,7 +33,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from veneer.errors import UnsupportedError
-from veneer.prefixes import FLASH, PREFIXES, Prefix, with_prefixes
+from veneer.prompting.prefixes import FLASH, PREFIXES, Prefix, with_prefixes
 
 _PREFIX = "veneer_"
 CAUSAL = "causal"

@@ -26,7 +26,7 @@ from veneer.replication import replicated, restore, settle
 from veneer.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 
 if TYPE_CHECKING:
-    from veneer.prompts import Lengthened, Lengthening
+    from veneer.prompting.prompts import Lengthened, Lengthening
 
 # Arguments of `peft` that say where loaded tensors go, or how they are fetched from a disk.
 PLACEMENT = frozenset(
@@ -151,7 +151,7 @@ class PeftModel(nn.Module):
             if text is None:
                 with self._noting(args, kwargs, generating=True):
                     return self.base_model.generate(*args, **kwargs)
-            from veneer.prompted_generation import Generation
+            from veneer.prompting.generation import Generation
 
             generation = Generation(text)
             kwargs = generation.settings(kwargs)
@@ -181,8 +181,8 @@ class PeftModel(nn.Module):
         if how is None:
             yield None, args, kwargs
             return
-        from veneer.positions import moved
-        from veneer.prompts import Lengthened
+        from veneer.prompting.positions import moved
+        from veneer.prompting.prompts import Lengthened
 
         root = self.get_base_model()
         alike = how.shift[0] if len(set(how.shift)) == 1 else None
@@ -207,7 +207,7 @@ class PeftModel(nn.Module):
         rows = [self.switch.active] if self.switch.rows is None else [(name,) for name in self.switch.rows]
         if prompting.isdisjoint(itertools.chain(*rows)):
             return None
-        from veneer.prompts import Lengthening
+        from veneer.prompting.prompts import Lengthening
 
         tokens: dict[str, list[int]] = {}
         labels: dict[str, list[int]] = {}

@@ -16,13 +16,13 @@ from torch import Tensor
 import tiny
 import veneer
 from parity.families import bart, gpt2, t5
-from veneer.contexts import read
 from veneer.errors import BaseMismatchError, ConfigError, StateError
 from veneer.options import DataOptions, ModelOptions, OutputOptions, RunOptions
 from veneer.preparation import Run, places_of
+from veneer.prompting.contexts import read
 from veneer.training.run import train
 
-SETTINGS: list[dict[str, Any]] = []  # needs a model with attention: see tests/test_prefixes.py
+SETTINGS: list[dict[str, Any]] = []  # needs a model with attention: see tests/prompting/test_prefixes.py
 SHOWN = {"num_virtual_tokens": 4}
 N = 4
 CONTEXT, TEXT = tiny.tokens(1, N, seed=3), tiny.tokens(2, 6)

@@ -14,7 +14,7 @@ import veneer
 from tiny import randomise
 from veneer.errors import ConfigError, UnsupportedError
 
-SETTINGS: list[dict[str, Any]] = []  # needs a model that reads text: see tests/test_prompts.py
+SETTINGS: list[dict[str, Any]] = []  # needs a model that reads text: see tests/prompting/test_prompts.py
 TOKENS = [7, 8, 9, 10, 11, 12, 13, 14, 15]
 TYPES = [1, 2, 3, 4, 5, 6, 7, 8, 8]  # two examples; the label of the second has two tokens
 

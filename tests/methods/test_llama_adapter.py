@@ -12,13 +12,13 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import tiny
 import veneer
 from parity.families import gpt2, t5
-from veneer.contexts import _Recorder
 from veneer.errors import ConfigError, TargetError
 from veneer.preparation import Run, places_of
+from veneer.prompting.contexts import _Recorder
 from veneer.structure import attentions
 from veneer.targets import walk
 
-SETTINGS: list[dict[str, Any]] = []  # needs a model with attention: see tests/test_prefixes.py
+SETTINGS: list[dict[str, Any]] = []  # needs a model with attention: see tests/prompting/test_prefixes.py
 PARITY: list[tuple[str, dict[str, Any]]] = [  # Llama, without biases: tests/parity/test_prefixes.py
     ("gpt2", {"target_modules": None, "adapter_len": 3, "adapter_layers": 2})
 ]

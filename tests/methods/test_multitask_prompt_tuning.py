@@ -15,7 +15,7 @@ from parity.families import t5
 from tiny import randomise
 from veneer.errors import ConfigError, StateError, VeneerWarning
 
-SETTINGS: list[dict[str, Any]] = []  # needs a model that reads text: see tests/test_prompts.py
+SETTINGS: list[dict[str, Any]] = []  # needs a model that reads text: see tests/prompting/test_prompts.py
 TIGHT = {"rtol": 1e-9, "atol": 1e-10}
 
 

@@ -15,7 +15,7 @@ import veneer
 from tiny import randomise
 from veneer.errors import CheckpointError, ConfigError, VeneerWarning
 
-SETTINGS: list[dict[str, Any]] = []  # needs a model that reads text: see tests/test_prompts.py
+SETTINGS: list[dict[str, Any]] = []  # needs a model that reads text: see tests/prompting/test_prompts.py
 
 
 def adapted(**settings: Any) -> veneer.PeftModel:

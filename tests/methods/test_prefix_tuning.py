@@ -14,7 +14,7 @@ import tiny
 import veneer
 from veneer.errors import CheckpointError, ConfigError, TargetError
 
-SETTINGS: list[dict[str, Any]] = []  # needs a model with attention: see tests/test_prefixes.py
+SETTINGS: list[dict[str, Any]] = []  # needs a model with attention: see tests/prompting/test_prefixes.py
 SHOWN = {"num_virtual_tokens": 4}
 N = 3
 

@@ -15,7 +15,7 @@ import veneer
 from parity.families import bart
 from veneer.errors import ConfigError
 
-SETTINGS: list[dict[str, Any]] = []  # needs a model that reads text: see tests/test_prompts.py
+SETTINGS: list[dict[str, Any]] = []  # needs a model that reads text: see tests/prompting/test_prompts.py
 
 
 @pytest.fixture

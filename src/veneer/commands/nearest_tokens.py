@@ -32,7 +32,7 @@ def nearest_tokens(file: Path, config: PeftConfig, base: str) -> Mapping[str, Ne
         return {}
     from safetensors.torch import load_file
 
-    from veneer.prompts import VirtualTokensConfig
+    from veneer.prompting.prompts import VirtualTokensConfig
 
     if not isinstance(config, VirtualTokensConfig):
         return {}

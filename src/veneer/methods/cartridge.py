@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import ConfigError
-from veneer.key_values import KeyValueConfig, KeyValuePrefix, KeyValues
+from veneer.prompting.key_values import KeyValueConfig, KeyValuePrefix, KeyValues
 from veneer.registry import register
 from veneer.sites import Site
 

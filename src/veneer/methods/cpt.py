@@ -14,7 +14,7 @@ from veneer.adapter import put
 from veneer.config import TaskType
 from veneer.errors import ConfigError
 from veneer.methods.prompt_tuning import embedded
-from veneer.prompts import IGNORED, Lengthened, Prompt, VirtualTokens, VirtualTokensConfig
+from veneer.prompting.prompts import IGNORED, Lengthened, Prompt, VirtualTokens, VirtualTokensConfig
 from veneer.registry import register
 from veneer.sites import Site
 

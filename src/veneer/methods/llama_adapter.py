@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from veneer.adapter import Adapter, Base
 from veneer.config import ModuleConfig, check_positive
 from veneer.errors import TargetError
-from veneer.key_values import hookable, key_shape
+from veneer.prompting.key_values import hookable, key_shape
 from veneer.registry import register
 from veneer.sites import Site
 from veneer.structure import fused_projection, input_width, key_and_value_projections
@@ -67,7 +67,7 @@ class LlamaAdapter(Adapter):
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         from veneer.attention import hooks
-        from veneer.prefixes import PREFIXES, Prefix
+        from veneer.prompting.prefixes import PREFIXES, Prefix
 
         layer: Any = base.layer
         apart: list[Tensor] | None = [] if layer.config.model_type == "gpt2" else None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from veneer.config import check_positive, own
 from veneer.errors import ConfigError, StateError, VeneerWarning
 from veneer.methods.prompt_tuning import Embeddings, PromptTuningConfig
-from veneer.prompts import VirtualTokens
+from veneer.prompting.prompts import VirtualTokens
 from veneer.registry import register
 from veneer.sites import Site
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from veneer.config import check_positive, check_shares
 from veneer.errors import VeneerWarning
 from veneer.field_types import member
-from veneer.prompts import EncodedPrompt, VirtualTokens, VirtualTokensConfig
+from veneer.prompting.prompts import EncodedPrompt, VirtualTokens, VirtualTokensConfig
 from veneer.registry import register
 from veneer.sites import Site
 

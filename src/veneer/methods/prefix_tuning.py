@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from veneer.config import PeftConfig
 from veneer.errors import CheckpointError, ConfigError
-from veneer.key_values import KeyValueConfig, KeyValuePrefix, KeyValues
+from veneer.prompting.key_values import KeyValueConfig, KeyValuePrefix, KeyValues
 from veneer.registry import register
 from veneer.sites import Site
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from veneer.errors import ConfigError
 from veneer.field_types import member
-from veneer.prompts import Prompt, VirtualTokens, VirtualTokensConfig
+from veneer.prompting.prompts import Prompt, VirtualTokens, VirtualTokensConfig
 from veneer.registry import register
 from veneer.sites import Site
 from veneer.targets import frozen

@@ -18,7 +18,7 @@ from veneer.experts import Known
 from veneer.methods.bottleneck import BottleneckConfig
 from veneer.methods.lora import LoraConfig
 from veneer.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
-from veneer.prefixes import PREFIXES, Prefix
+from veneer.prompting.prefixes import PREFIXES, Prefix
 from veneer.registry import register
 from veneer.side_networks import beside, stack_of
 from veneer.sites import Site

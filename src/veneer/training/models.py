@@ -21,7 +21,7 @@ from veneer.adapted import adapters_of
 from veneer.errors import ConfigError, VeneerWarning
 from veneer.model import PeftModel
 from veneer.options import ModelOptions, Task
-from veneer.positions import positions_in
+from veneer.prompting.positions import positions_in
 from veneer.samples import resolve_model
 from veneer.trained_copy import TrainedCopy
 

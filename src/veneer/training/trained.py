@@ -17,7 +17,7 @@ from veneer.errors import ConfigError, DataError
 from veneer.evaluation import metrics
 from veneer.model import PeftModel
 from veneer.options import DataOptions, RunOptions
-from veneer.positions import positions_in
+from veneer.prompting.positions import positions_in
 from veneer.quantization import quantize
 from veneer.training import arguments, samplers
 from veneer.training import folder as run_folder

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from veneer.adapter import Adapter, Base
 from veneer.config import own
 from veneer.errors import ConfigError, TargetError
-from veneer.prompts import Prompt, PromptLearningConfig
+from veneer.prompting.prompts import Prompt, PromptLearningConfig
 from veneer.sites import Site
 from veneer.structure import attentions
 from veneer.targets import match
@@ -124,13 +124,13 @@ class KeyValuePrefix(Adapter):
 
     @classmethod
     def prepare(cls, adapters: dict[str, Self], config: Any, run: Any) -> None:
-        from veneer.contexts import of_examples, of_text, read
+        from veneer.prompting.contexts import of_examples, of_text, read
 
         read(adapters, run, *(of_examples if config.init_examples else of_text)(config, run))
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         from veneer.attention import hooks
-        from veneer.prefixes import PREFIXES, Prefix
+        from veneer.prompting.prefixes import PREFIXES, Prefix
 
         keys, values = self.shared.of_layer(self.index)
         layer: Any = base.layer
@@ -187,7 +187,7 @@ class KeyValueConfig(PromptLearningConfig):
 
     def on(self, root: nn.Module, modules: Mapping[str, nn.Module]) -> Self:
         if self.num_virtual_tokens is None and self.init_text:
-            from veneer.contexts import text_ids
+            from veneer.prompting.contexts import text_ids
 
             return replace(self, num_virtual_tokens=len(text_ids(self))).on(root, modules)
         paths = self._paths(root, modules)

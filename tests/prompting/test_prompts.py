@@ -24,7 +24,7 @@ from parity.families import NO_DROPOUT, bart, gpt2, t5
 from tiny import randomise
 from veneer.errors import ConfigError, TargetError, UnsupportedError
 from veneer.method_strings import parse_method
-from veneer.prompts import IGNORED, VirtualTokens, VirtualTokensConfig
+from veneer.prompting.prompts import IGNORED, VirtualTokens, VirtualTokensConfig
 from veneer.registry import methods
 
 N, WIDTH = 3, 32

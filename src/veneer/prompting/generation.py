@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.positions import is_encoder_decoder
-from veneer.prompts import Lengthened
+from veneer.prompting.positions import is_encoder_decoder
+from veneer.prompting.prompts import Lengthened
 
 
 class Generation:

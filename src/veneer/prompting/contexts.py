@@ -19,12 +19,12 @@ from veneer.adapter import Adapter, Base
 from veneer.attention import SEES, hooks
 from veneer.config import PeftConfig
 from veneer.errors import BaseMismatchError, ConfigError, StateError
-from veneer.key_values import KeyValueConfig, KeyValuePrefix, KeyValues
 from veneer.methods.cartridge import CartridgeConfig
 from veneer.model import PeftModel
-from veneer.positions import is_encoder_decoder
 from veneer.preparation import Run, places_of, settle
-from veneer.prompts import IGNORED
+from veneer.prompting.key_values import KeyValueConfig, KeyValuePrefix, KeyValues
+from veneer.prompting.positions import is_encoder_decoder
+from veneer.prompting.prompts import IGNORED
 
 
 def initialize_kv_prefix_from_text(

@@ -1,0 +1,1 @@
+"""What stands before the text: virtual tokens, and prefixes in the attention."""
