@@ -291,7 +291,7 @@ def test_settings_of_a_run_of_peft_are_passed_over() -> None:
         ({"r": "8"}, r"adapter_config\.json: LoraConfig: r='8'; int was expected"),
         ({"lora_dropout": "a"}, r"lora_dropout='a'; float was expected"),
         ({"rank_pattern": None}, r"rank_pattern=None; dict\[str, int\] was expected"),
-        ({"arrow_config": {"top_k": 2}}, r"adapter_config\.json: LoraConfig\(arrow_config=.* is not in this version"),
+        ({"megatron_config": {"a": 1}}, r"adapter_config\.json: LoraConfig\(megatron_config=.* is not in this version"),
         ({"task_type": "X"}, r"adapter_config\.json: task_type='X' is not one of"),
     ],
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,7 @@ def _make(name: str, size: tuple[int, int, bool, torch.dtype], device: torch.dev
     rows, columns, bias, dtype = size
     linear = nn.Linear(columns, rows, bias=bias, device=device, dtype=dtype).requires_grad_(False)
     recorder = Recorder()
+    _operation()  # counters of operations that begin from now on know it
     with recorder(), torch.no_grad():
         made = quantised_bases.quantised_layer(name, linear)
     key = f"{name} {size} {device}"
@@ -170,20 +171,23 @@ def _sized(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
 
 # ---- The same in a simulated step ----
 
-_outlined = torch.library.custom_op("veneer::outlined", _run, mutates_args=())
+@functools.cache
+def _operation() -> Callable[[list[Tensor], str, str], list[Tensor]]:
+    """What is asked of a layer, as one operation of torch's; registered when it is first needed, in one place."""
+    operation = torch.library.custom_op("veneer::outlined", _run, mutates_args=())
 
+    @operation.register_fake
+    def _(given: list[Tensor], key: str, what: str) -> list[Tensor]:
+        answer = _ask(what, key, tuple(map(_sized, given)))
+        return [given[0].new_empty(size, dtype=dtype) for size, dtype in answer.results]
 
-@_outlined.register_fake
-def _(given: list[Tensor], key: str, what: str) -> list[Tensor]:
-    answer = _ask(what, key, tuple(map(_sized, given)))
-    return [given[0].new_empty(size, dtype=dtype) for size, dtype in answer.results]
+    @register_flop_formula(torch.ops.veneer.outlined)
+    def _(given: list[torch.Size], key: str, what: str, **named: Any) -> int:
+        layer: Any = _MADE[key]
+        products = what == "transposed" or what.startswith("product")
+        return 2 * given[0][0] * layer.in_features * layer.out_features if products else 0
 
-
-@register_flop_formula(torch.ops.veneer.outlined)
-def _flops(given: list[torch.Size], key: str, what: str, **named: Any) -> int:
-    layer: Any = _MADE[key]
-    products = what == "transposed" or what.startswith("product")
-    return 2 * given[0][0] * layer.in_features * layer.out_features if products else 0
+    return operation
 
 
 class OutlineStore(Store):
@@ -228,10 +232,10 @@ class OutlineStore(Store):
     @staticmethod
     def _simulate(what: str, key: str, *given: Tensor) -> list[Tensor]:
         if given[0].is_meta:  # while the model is built: nobody looks at memory
-            return _outlined(list(given), key, what)
+            return _operation()(list(given), key, what)
         needed = _ask(what, key, tuple(map(_sized, given))).working
         memory = torch.empty(needed, dtype=torch.uint8, device=given[0].device)
-        results = _outlined(list(given), key, what)
+        results = _operation()(list(given), key, what)
         del memory
         return results
 
