@@ -171,6 +171,7 @@ def _sized(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
 
 # ---- The same in a simulated step ----
 
+
 @functools.cache
 def _operation() -> Callable[[list[Tensor], str, str], list[Tensor]]:
     """What is asked of a layer, as one operation of torch's; registered when it is first needed, in one place."""
