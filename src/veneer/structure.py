@@ -214,6 +214,11 @@ def _projections(name: str, modules: Mapping[str, nn.Module]) -> list[str]:
 _CROSS = ("cross", "encoder_attn", "EncDec", "encoder_attention")
 
 
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the model reads one text and writes another."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 def attentions(root: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
     """Paths of the modules that look their attention function up where transformers registers them.
 
@@ -221,7 +226,7 @@ def attentions(root: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, l
         By kind: `self` of a decoder, or of an encoder that stands alone; `encoder`, that of an encoder beside a
         decoder; `cross`, from one to the other.
     """
-    both = bool(getattr(getattr(root, "config", None), "is_encoder_decoder", False))
+    both = is_encoder_decoder(root)
     found: dict[str, list[str]] = {"self": [], "encoder": [], "cross": []}
     for path, module in modules.items():
         forward = inspect.unwrap(type(module).forward)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.errors import ConfigError, UnsupportedError
-from veneer.prompting.positions import is_encoder_decoder
+from veneer.structure import is_encoder_decoder
 
 if TYPE_CHECKING:
     from veneer.model import PeftModel

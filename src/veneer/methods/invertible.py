@@ -17,6 +17,7 @@ from veneer.methods.bottleneck import ACTIVATIONS
 from veneer.outputs import OutputAdapter
 from veneer.registry import register
 from veneer.sites import Site
+from veneer.structure import is_encoder_decoder
 
 
 class Coupling(Shared):
@@ -161,7 +162,7 @@ class InvertibleConfig(ModuleConfig):
     def on(self, root: nn.Module, modules: Mapping[str, nn.Module]) -> Self:
         if self.target_modules is not None:
             return self
-        if getattr(getattr(root, "config", None), "is_encoder_decoder", False):
+        if is_encoder_decoder(root):
             raise TargetError(
                 f"InvertibleConfig: {type(root).__name__} embeds two texts. Name what is to be adapted in "
                 "target_modules, and the head in inverse_modules."

@@ -16,6 +16,7 @@ from veneer.errors import ConfigError, StateError, UnsupportedError
 from veneer.outputs import OutputAdapter
 from veneer.registry import register
 from veneer.sites import Site
+from veneer.structure import is_encoder_decoder
 
 PREFIX, SUFFIX = 1, 2
 """Of a position that is edited: at which end of the prompt it stands."""
@@ -255,7 +256,7 @@ class LoReFTConfig(ModuleConfig):
 
     def on(self, root: nn.Module, modules: Mapping[str, nn.Module]) -> Self:
         config = self
-        two = getattr(getattr(root, "config", None), "is_encoder_decoder", False)
+        two = is_encoder_decoder(root)
         if self.ends_at_labels is None:
             generates = getattr(root, "can_generate", lambda: False)()
             config = replace(config, ends_at_labels=bool(generates and not two))

@@ -90,25 +90,10 @@ class MtlLora(WeightAdapter):
             x = F.dropout(x, self.config.lora_dropout, self.training)
         if self.config.task is not None:
             return self.site.add_factored(x, y, self.down, self.up()[self.config.task], self.scaling)
-        up = self.up()[self._tasks(base, y.shape[0]).to(x.device)]  # (rows, out, r)
+        up = self.up()[tasks_of(base, y.shape[0], "An MTL-LoRA adapter").to(x.device)]  # (rows, out, r)
         # Beams are rows next to each other, and so are the tokens of a row where they are flattened.
         hidden = F.linear(x, self.down).reshape(up.shape[0], -1, up.shape[2])  # (rows, tokens, r)
         return y + (self.scaling * torch.bmm(hidden, up.mT)).reshape(y.shape).to(y.dtype)
-
-    def _tasks(self, base: Base, count: int) -> Tensor:
-        """The task of every row, `(rows,)`."""
-        tasks = base.inputs.get("task_ids")
-        if tasks is None:
-            raise StateError(
-                "An MTL-LoRA adapter has to know the task of every row: call the PeftModel with task_ids=[...], or set "
-                "`task` in its configuration to run one task."
-            )
-        if tasks.dim() != 1 or count % tasks.shape[0]:
-            raise StateError(
-                f"task_ids has the shape {tuple(tasks.shape)}, and a layer was called with {count} rows: one task for "
-                "each row of the batch was expected."
-            )
-        return tasks
 
     def to_file(self) -> dict[str, Tensor]:
         return {f"mtl_lora_{name}": tensor for name, tensor in super().to_file().items()}
@@ -116,6 +101,31 @@ class MtlLora(WeightAdapter):
     def from_file(self, tensors: Mapping[str, Tensor]) -> None:
         for key, tensor in tensors.items():
             self.put(key.removeprefix("mtl_lora_"), tensor)
+
+
+def tasks_of(base: Base, count: int, who: str) -> Tensor:
+    """The task of every row, `(rows,)`, as the model's call says it.
+
+    Args:
+        base: What lies below the adapter.
+        count: How many rows the layer was called with.
+        who: What needs to know.
+
+    Raises:
+        StateError: The call does not say it, or not for these rows.
+    """
+    tasks: Tensor | None = base.inputs.get("task_ids")
+    if tasks is None:
+        raise StateError(
+            f"{who} has to know the task of every row: call the PeftModel with task_ids=[...], or set `task` in its "
+            "configuration to run one task."
+        )
+    if tasks.dim() != 1 or count % tasks.shape[0]:
+        raise StateError(
+            f"task_ids has the shape {tuple(tasks.shape)}, and a layer was called with {count} rows: one task for "
+            "each row of the batch was expected."
+        )
+    return tasks
 
 
 @register("mtl_lora")

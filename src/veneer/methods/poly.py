@@ -13,6 +13,7 @@ from torch.distributions import RelaxedBernoulli
 from veneer.adapter import Base, WeightAdapter
 from veneer.config import ModuleConfig, check_positive, own
 from veneer.errors import ConfigError, StateError, UnsupportedError
+from veneer.methods.mtl_lora import tasks_of
 from veneer.products import LowRank
 from veneer.registry import register
 from veneer.sites import Site
@@ -106,19 +107,9 @@ class Poly(WeightAdapter):
 
     def _tasks(self, base: Base, count: int) -> Tensor:
         """The task of every row, `(rows,)`."""
-        tasks = base.inputs.get("task_ids")
         if self.task is not None:
             return torch.full((count,), self.task)
-        if tasks is None:
-            raise StateError(
-                "A Poly adapter of several tasks has to know the task of every row: call the PeftModel with "
-                "task_ids=[...], or set `task` in its configuration to run one task."
-            )
-        if tasks.dim() != 1 or count % tasks.shape[0]:
-            raise StateError(
-                f"task_ids has the shape {tuple(tasks.shape)}, and a layer was called with {count} rows: one task for "
-                "each row of the batch was expected."
-            )
+        tasks = tasks_of(base, count, "A Poly adapter of several tasks")
         if not 0 <= int(tasks.min()) <= int(tasks.max()) < self.config.n_tasks:
             raise StateError(
                 f"task_ids={tasks.tolist()}: the adapter has n_tasks={self.config.n_tasks}, counted from 0."

@@ -23,8 +23,8 @@ from veneer.methods.cartridge import CartridgeConfig
 from veneer.model import PeftModel
 from veneer.preparation import Run, places_of, settle
 from veneer.prompting.key_values import KeyValueConfig, KeyValuePrefix, KeyValues
-from veneer.prompting.positions import is_encoder_decoder
 from veneer.prompting.prompts import IGNORED
+from veneer.structure import is_encoder_decoder
 
 
 def initialize_kv_prefix_from_text(

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.prompting.positions import is_encoder_decoder
 from veneer.prompting.prompts import Lengthened
+from veneer.structure import is_encoder_decoder
 
 
 class Generation:

@@ -11,10 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import UnsupportedError
-
-
-def is_encoder_decoder(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+from veneer.structure import is_encoder_decoder
 
 
 def takes_positions(model: nn.Module) -> bool:
