@@ -355,7 +355,9 @@ def test_each_compiled_step_is_used_where_it_is_faster(monkeypatch: pytest.Monke
         return next(times)
 
     monkeypatch.setattr(int8_kernels, "seconds", seconds)
+    drawn = torch.get_rng_state()
     said = int8_kernels.compile_steps(8)
+    assert torch.equal(torch.get_rng_state(), drawn)  # who compiles first trains what the next one trains
     assert said.endswith("; quantising compiled" if faster else "no faster, so not used")
     assert (compiled[0] if faster else int8_kernels._quantise, int8_kernels._rescale) == int8_kernels._STEPS
     if faster:

@@ -75,7 +75,8 @@ def rescale(sums: Tensor, scale: Tensor, channel: Tensor | None, bias: Tensor | 
             sums = sums.mul_(scale)
             return (sums if bias is None else sums.add_(bias)).to(dtype)
         return torch.addcmul(bias, sums, scale, out=sums).to(dtype)
-    return _STEPS[1](sums, scale, channel, bias, dtype)
+    # Sizes of parameters are fixed in what is compiled, those of other tensors are not.
+    return _STEPS[1](sums, scale, channel, None if bias is None else bias.detach(), dtype)
 
 
 def _quantise(x: Tensor, factor: Tensor | None, largest: int = LARGEST) -> tuple[Tensor, Tensor]:
@@ -286,7 +287,8 @@ def compile_steps(bits: int) -> str:
         name for name, now, eager in zip(names, _STEPS, (_quantise, _rescale), strict=True) if now is not eager
     ]:
         return f"{products}; {' and '.join(known)} compiled"
-    x, channel = torch.randn(512, 1024), torch.rand(1024)
+    # Not random numbers: whoever compiles first would have other ones afterwards than who finds them compiled.
+    x, channel = torch.linspace(-1, 1, 2**19).view(512, 1024), torch.ones(1024)
     rest = (_quantise(x, None)[1], channel, None, torch.float32)
     sums = torch.ones(512, 1024, dtype=torch.int32)
     # Each is one loop: processes that compile side by side would cost memory and gain nothing.
