@@ -70,10 +70,10 @@ def _work(arm: str, examples: int) -> float:
     """Multiplications: one a weight and position forward, one for the gradient of the input."""
     import torch
 
-    rows = ladder._data(examples).train
+    rows = ladder.conversations(examples).train
     positions = sum(map(len, rows["input_ids"]))
     labels = sum(label != -100 for row in rows["labels"] for label in row)
-    model = ladder._base("smollm2")
+    model = ladder.base_model("smollm2")
     block, head = model.model.layers[0], model.get_output_embeddings()
     size = sum(layer.weight.numel() for layer in block.modules() if isinstance(layer, torch.nn.Linear))
     below, above = (BLOCKS - TRAINED) * size, 2 * TRAINED * size
@@ -103,8 +103,8 @@ def _trainer(arm: str, examples: int, folder: str) -> Any:
     import veneer
     from veneer.training import arguments
 
-    data, base = ladder._data(examples), ladder._base("smollm2")
-    settings = {**ladder._settings(), "num_train_epochs": EPOCHS, "seed": 0}
+    data, base = ladder.conversations(examples), ladder.base_model("smollm2")
+    settings = {**ladder.settings(), "num_train_epochs": EPOCHS, "seed": 0}
     rows: dict[str, Any] = {"train_dataset": data.train, "data_collator": data.collate}
     if arm == "peft":
         model = peft.get_peft_model(base, peft.LoraConfig(**LORA))

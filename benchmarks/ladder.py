@@ -12,7 +12,6 @@ import ctypes
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
@@ -26,7 +25,7 @@ from veneer.allocation import keep_freed_memory
 ORDER = 80
 QUESTION = "What does each technique add to the speed of chat tuning, and what do all give together?"
 
-DATA, LENGTH, BATCH, RATE = "chitchat", 128, 8, 5e-4
+DATA, LENGTH, BATCH, RATE = "chitchat", 512, 8, 5e-4
 LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 TARGETS = {"packed": (2.5, 0.5), "int8": (5.0, 0.33)}
 
@@ -79,9 +78,7 @@ def of_width(shown: str, smollm2: bool, quick: bool) -> Iterator[Row]:
     arms = ["peft", *RUNGS] if quick else [*PEERS, *RUNGS]
     job = {"width": width, "examples": examples}
     own = dict.fromkeys(RAISED)  # each arm sets glibc's thresholds itself
-    with ThreadPoolExecutor(2) as pool:  # memory does not depend on what else runs
-        runs = {arm: pool.submit(apart, "ladder", "steps", variables=own, arm=arm, **job) for arm in arms}
-    alone = {arm: run.result() for arm, run in runs.items()}
+    alone = {arm: apart("ladder", "steps", variables=own, arm=arm, **job) for arm in arms}
     with tempfile.TemporaryDirectory() as folder:
         times = in_turns({arm: _job(arm, width, examples, folder) for arm in arms}, 1 if quick else 5)
     for arm in arms[1:]:
@@ -104,11 +101,11 @@ def _of_the_limit(shown: str, width: str, examples: int, times: Any) -> Iterator
 
     from veneer.machine import matmul_limit
 
-    model = _base(width)
+    model = base_model(width)
     head = model.get_output_embeddings()
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
-    tokens = sum(map(len, _data(examples).train["input_ids"]))
-    labels = sum(label != -100 for row in _data(examples).train["labels"] for label in row)
+    tokens = sum(map(len, conversations(examples).train["input_ids"]))
+    labels = sum(label != -100 for row in conversations(examples).train["labels"] for label in row)
     work = 4 * (tokens * sum(layer.weight.numel() for layer in linears) + labels * head.weight.numel())
     inner, outer = max((layer.weight.shape[::-1] for layer in linears), key=lambda shape: shape[0] * shape[1])
     limit = matmul_limit(torch.float32, (512, inner, outer))
@@ -148,7 +145,7 @@ def _as(rung: Rung | None) -> Iterator[None]:
 
     with ExitStack() as stack:
         if rung is not None and not rung.arithmetic:
-            stack.enter_context(mock.patch.object(veneer.products, "_by_hand", return_value=False))
+            stack.enter_context(mock.patch.object(veneer.products, "allowed_by_hand", return_value=False))
         if rung is not None and not rung.labelled:
             stack.enter_context(mock.patch.object(Trainer, "_loss_at_labels", return_value=nullcontext()))
         # As `veneer train` does; peers run with what glibc does by itself.
@@ -180,7 +177,8 @@ def _give_back() -> None:
 
 
 @cache
-def _data(examples: int) -> Any:
+def conversations(examples: int) -> Any:
+    """The first conversations, cut at `LENGTH` tokens."""
     from transformers import AutoTokenizer
 
     from veneer.data import load_task
@@ -191,7 +189,8 @@ def _data(examples: int) -> Any:
     return load_task(options, "causal-lm", AutoTokenizer.from_pretrained(model_folder("smollm2")), 0)
 
 
-def _base(width: str) -> Any:
+def base_model(width: str) -> Any:
+    """SmolLM2 or two wide layers, in float32."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -219,15 +218,15 @@ def _ours(rung: Rung, width: str, examples: int, folder: str) -> Any:
     from veneer.quantization import quantize
     from veneer.training import arguments
 
-    data, base = _data(examples), _base(width)
+    data, base = conversations(examples), base_model(width)
     if rung.quantize:
         rows = [dict(data.train[i]) for i in range(min(BATCH, len(data.train)))]
         shown = data.collate(rows)
         shown.pop("labels")
         quantize(base, rung.quantize, batches=[shown])
     model = veneer.get_peft_model(base, veneer.LoraConfig(**LORA))
-    settings = arguments.build({**_settings(), **_of(rung)}, folder)
-    trainer = veneer.Trainer(model, settings, train_dataset=data.train, data_collator=data.collate)
+    how = arguments.build({**settings(), **_of(rung)}, folder)
+    trainer = veneer.Trainer(model, how, train_dataset=data.train, data_collator=data.collate)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -239,7 +238,8 @@ def _of(rung: Rung) -> Mapping[str, Any]:
     }
 
 
-def _settings() -> dict[str, Any]:
+def settings() -> dict[str, Any]:
+    """Of both libraries' training."""
     return {
         "learning_rate": RATE,
         "per_device_train_batch_size": BATCH,
@@ -257,7 +257,7 @@ def _peer(arm: str, width: str, examples: int, folder: str) -> Any:
     import transformers
     from transformers import PrinterCallback
 
-    data, base = _data(examples), _base(width)
+    data, base = conversations(examples), base_model(width)
     make: Callable[..., Any] = partial(transformers.Trainer, data_collator=data.collate)
     arguments: Callable[..., Any] = transformers.TrainingArguments
     if arm == "nf4":
@@ -271,7 +271,7 @@ def _peer(arm: str, width: str, examples: int, folder: str) -> Any:
         make = partial(trl.SFTTrainer, processing_class=AutoTokenizer.from_pretrained(model_folder("smollm2")))
         arguments = partial(trl.SFTConfig, max_length=LENGTH, gradient_checkpointing=False, bf16=False)
     model = peft.get_peft_model(base, peft.LoraConfig(**LORA))
-    trainer = make(model=model, args=arguments(output_dir=folder, **_settings()), train_dataset=data.train)
+    trainer = make(model=model, args=arguments(output_dir=folder, **settings()), train_dataset=data.train)
     trainer.remove_callback(PrinterCallback)
     return trainer
 

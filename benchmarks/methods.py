@@ -2,11 +2,12 @@
 
 Same base, same configuration, same batch, forward, backward and optimiser step. Two decoder layers of SmolLM2-135M
 stand for thirty: what a method costs, it costs in every layer. The vocabulary is cut likewise, to two thirtieths, so
-that the output head has the share of a step that it has in SmolLM2. The first half of each row carries no label, as
-the prompts of a chat. Each library trains as it does: `peft` under transformers' `Trainer`, which calls
-`model(input_ids, labels).loss`, and Veneer under its own, whose head runs on labelled positions only. Both losses are
-the same number where the method starts as the base model; they are recorded. How much is owed to the layers and how
-much to the head, a row of LoRA on the layers alone tells.
+that the output head has the share of a step that it has in SmolLM2. Lengths and labels are those of real conversations,
+eight a step. Each library trains as it does: `peft` under transformers' `Trainer`, which calls
+`model(input_ids, attention_mask, labels).loss` on padded rows, and Veneer under its own, which computes nothing for
+padding and runs the head on labelled positions only. Both losses are the same number where the method starts as the
+base model; they are recorded. What is owed to the padding, the median over rows of one length tells, half of them
+labelled; what to the head, a row of LoRA on the layers alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 from benchmarks.harness import Row, Spread, apart, in_turns
@@ -25,7 +27,7 @@ ORDER = 45
 QUESTION = "What does a training step cost with each method, against `peft`?"
 
 LAYERS, VOCABULARY = 2, 49152 * 2 // 30
-ROWS, LENGTH, PROMPT = 8, 128, 64
+ROWS, LENGTH, PROMPT = 8, 128, 64  # where all rows are of one length
 SAME = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
 # What a method needs to run on these shapes, or what makes its work comparable; all else is the default of both.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -53,6 +55,8 @@ LEFT_OUT = {
     "alora": "needs invocation tokens",
     "arrow": "routes between trained adapters",
     "loftq": "starts from a quantised base",
+    "shadow": "runs a second network beside the model",
+    "xlora": "routes between trained adapters",
 }
 DORA_TO_LORA = 1.3
 LIBRARIES = ("veneer", "peft")
@@ -68,10 +72,13 @@ def run(quick: bool) -> Iterator[Row]:
         }
     tried = {key: run.result() for key, run in runs.items()}
     ratios: list[float] = []
+    full: list[float] = []
     for name in names:
         times = in_turns({library: step(library, name) for library in LIBRARIES}, pairs)
         figure = times.ratio("veneer", "peft")
         ratios.append(figure.median)
+        even = in_turns({library: step(library, name, ragged=False) for library in LIBRARIES}, pairs)
+        full.append(even.ratio("veneer", "peft").median)
         yield Row(
             f"`{name}`",
             "peft",
@@ -84,7 +91,9 @@ def run(quick: bool) -> Iterator[Row]:
             {"Veneer": f"loss {tried[name, 'veneer'].value:.5f}", "peft": f"{tried[name, 'peft'].value:.5f}"},
         )
     yield Row("all of these, median", "peft", Spread.of(ratios), "times the time", 0.7, True)
-    alone = in_turns({library: step(library, "lora", head=False) for library in LIBRARIES}, pairs, warm_up=2)
+    yield Row(f"the same on {ROWS} x {LENGTH} tokens, none of them padding", "peft", Spread.of(full), "times the time")
+    without = {library: step(library, "lora", head=False, ragged=False) for library in LIBRARIES}
+    alone = in_turns(without, pairs, warm_up=2)
     yield Row("`lora`, the layers alone, without the head", "peft", alone.ratio("veneer", "peft"), "times the time")
     both = in_turns({name: step("veneer", name) for name in ("dora", "lora")}, pairs, warm_up=2)
     yield Row("`dora`", "Veneer's `lora`", both.ratio("dora", "lora"), "times the time", DORA_TO_LORA, True)
@@ -95,26 +104,32 @@ def compared() -> list[str]:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     from veneer.config import ModuleConfig
+    from veneer.prompting.prompts import PromptLearningConfig
     from veneer.registry import methods
 
     return [
         name
         for name, cls, _ in methods()
-        if cls.peft_name in PEFT_TYPE_TO_CONFIG_MAPPING and issubclass(cls, ModuleConfig) and name not in LEFT_OUT
+        if cls.peft_name in PEFT_TYPE_TO_CONFIG_MAPPING
+        and issubclass(cls, ModuleConfig)
+        and not issubclass(cls, PromptLearningConfig)
+        and name not in LEFT_OUT
     ]
 
 
-def step(library: str, name: str, head: bool = True) -> Callable[[], float]:
+def step(library: str, name: str, head: bool = True, ragged: bool = True) -> Callable[[], float]:
     """Forward, backward and optimiser step of one adapted model; gives the loss.
 
     Args:
         library: Whose adapters, and whose way of training.
         name: The method.
         head: Whether the output head and the loss take part; otherwise a gradient is handed to the layers.
+        ragged: Whether rows have the lengths of real conversations.
     """
     import torch
 
     from veneer.training.labelled import LabelledLoss
+    from veneer.training.packing import PackedRows
 
     model = _adapted(library, name).train()
     base = model.get_base_model()
@@ -122,17 +137,34 @@ def step(library: str, name: str, head: bool = True) -> Callable[[], float]:
     x = tokens(ROWS, LENGTH, VOCABULARY)
     labels = x.clone()
     labels[:, :PROMPT] = -100
+    batch = conversations() if ragged else {"input_ids": x, "labels": labels}
     loss_of_library = LabelledLoss(base) if library == "veneer" else nullcontext
+    rows_of_library = PackedRows(model) if library == "veneer" and ragged else nullcontext
 
     def job() -> float:
-        with loss_of_library():
-            loss = model(input_ids=x, labels=labels).loss if head else base.model(input_ids=x).last_hidden_state.mean()
+        with loss_of_library(), rows_of_library():
+            loss = model(**batch).loss if head else base.model(input_ids=x).last_hidden_state.mean()
             loss.backward()
         optimiser.step()
         optimiser.zero_grad()
         return loss.item()
 
     return job
+
+
+@cache
+def conversations() -> dict[str, Any]:
+    """The first batch of the ladder's, within the vocabulary."""
+    from benchmarks import ladder
+
+    rows = ladder.conversations(ROWS)
+    batch = rows.collate([dict(rows.train[i]) for i in range(ROWS)])
+    labels = batch["labels"]
+    return {
+        **batch,
+        "input_ids": batch["input_ids"] % VOCABULARY,
+        "labels": labels.where(labels < 0, labels % VOCABULARY),
+    }
 
 
 def steps(library: str, name: str) -> float:

@@ -61,8 +61,8 @@ SIZES: dict[str, tuple[str, Sequence[Any] | str] | None] = {
     "parallel": ("bottleneck_size", WIDTHS),
     "scaled_parallel": ("bottleneck_size", WIDTHS),
     "adapterplus": ("bottleneck_size", WIDTHS),
-    "compacter": ("bottleneck_size", (4, 8, 16, 32, 64, 128, 192)),
-    "compacter++": ("bottleneck_size", (4, 8, 16, 32, 64, 128, 192)),
+    "compacter": ("bottleneck_size", (8, 32, 96, 192, 384)),
+    "compacter++": ("bottleneck_size", (8, 32, 96, 192, 384)),
     "invertible": ("reduction", (1, 2, 4, 8, 16)),
     "loreft": ("r", RANKS),
     "noreft": ("r", RANKS),
@@ -79,6 +79,14 @@ SIZES: dict[str, tuple[str, Sequence[Any] | str] | None] = {
     "spiel": ("density", BUDGET),
     "diff_pruning": ("density", BUDGET),
     "supertuning": ("sparsity", BUDGET),
+    "mam": ("bottleneck_size", WIDTHS),
+    "unipelt": ("r", RANKS),
+}
+# What else a method needs to come near the budget, or to have a size at all.
+FIXED: dict[str, dict[str, Any]] = {
+    "mam": {"num_virtual_tokens": 4},
+    "supertuning": {"target_modules": "all-linear"},
+    "unipelt": {"num_virtual_tokens": 2, "reduction": 64},
 }
 LEFT_OUT = {
     "bottleneck": "is houlsby",
@@ -149,7 +157,7 @@ def settings(task: Task, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     budget = _trained(task, {"name": "lora"}) - head
     found: dict[str, dict[str, Any]] = {}
     for name in names:
-        found[name] = {"name": name}
+        found[name] = {"name": name, **FIXED.get(name, {})}
         size = SIZES.get(name)
         if size is None:
             continue
@@ -158,13 +166,11 @@ def settings(task: Task, names: Sequence[str]) -> dict[str, dict[str, Any]]:
             share = budget / _entries(task)
             value: Any = {"count": budget, "density": share, "sparsity": 1 - share}[setting]
             found[name][setting] = value
-            if setting == "sparsity":
-                found[name]["target_modules"] = "all-linear"
             continue
         if name == "gps":  # what is chosen is only known where there is data
             sizes = {value: value * _rows(task) for value in candidates}
         else:
-            sizes = {value: _trained(task, {"name": name, setting: value}) - head for value in candidates}
+            sizes = {value: _trained(task, {**found[name], setting: value}) - head for value in candidates}
         best = min(sizes, key=lambda value: abs(sizes[value] - budget))
         if sizes[best] < UNKNOWN - head:
             found[name][setting] = best

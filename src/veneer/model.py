@@ -181,17 +181,20 @@ class PeftModel(nn.Module):
         if how is None:
             yield None, args, kwargs
             return
-        from veneer.prompting.positions import moved
+        from veneer.prompting.positions import explained, moved
         from veneer.prompting.prompts import Lengthened
 
         root = self.get_base_model()
+        given = {**dict(zip(inspect.signature(root.forward).parameters, args, strict=False)), **kwargs}
         alike = how.shift[0] if len(set(how.shift)) == 1 else None
-        with moved(root, how.shifts, alike) if any(how.shift) else nullcontext():
+        with (
+            explained(root, given, how.most, max(how.shift)),
+            moved(root, how.shifts, alike) if any(how.shift) else nullcontext(),
+        ):
             if not how.most:
                 yield None, args, kwargs
                 return
-            names = inspect.signature(root.forward).parameters
-            text = Lengthened(how, root, {**dict(zip(names, args, strict=False)), **kwargs}, generating)
+            text = Lengthened(how, root, given, generating)
             yield text, (), text.inputs
 
     def added(self) -> tuple[int, int]:

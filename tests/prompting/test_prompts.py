@@ -22,9 +22,10 @@ import tiny
 import veneer
 from parity.families import NO_DROPOUT, bart, gpt2, t5
 from tiny import randomise
-from veneer.errors import ConfigError, TargetError, UnsupportedError
+from veneer.data.batches import IGNORED
+from veneer.errors import ConfigError, DataError, TargetError, UnsupportedError
 from veneer.method_strings import parse_method
-from veneer.prompting.prompts import IGNORED, VirtualTokens, VirtualTokensConfig
+from veneer.prompting.prompts import VirtualTokens, VirtualTokensConfig
 from veneer.registry import methods
 
 N, WIDTH = 3, 32
@@ -264,6 +265,23 @@ def test_embeddings_and_positions_may_be_given() -> None:
     embeds = model.get_input_embeddings()(ids)
     expected = model(input_ids=ids, decoder_input_ids=text).logits
     assert torch.equal(model(inputs_embeds=embeds, decoder_input_ids=text).logits, expected)
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning:num_virtual_tokens=3", "prefix_tuning:num_virtual_tokens=3"])
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_a_text_that_finds_no_positions_behind_the_prompt_is_refused_with_the_numbers(family: str, method: str) -> None:
+    base = base_of(family)
+    model = veneer.get_peft_model(base.eval(), parse_method(method))
+    most = base.config.max_position_embeddings
+    model(tiny.tokens(2, most - 3))
+    with pytest.raises(DataError, match=f"has {most} positions, and a text of {most - 2} tokens with 3 virtual tokens"):
+        model(tiny.tokens(2, most - 2), adapter_names=["__base__", "default"])
+    if family == "gpt2":
+        with pytest.raises(DataError, match=f"and 5 new ones behind it needs {most + 1}. Cut the text to {most - 7} "):
+            model.generate(tiny.tokens(2, most - 6), max_new_tokens=5, min_new_tokens=5, pad_token_id=0)
+    with pytest.raises((IndexError, RuntimeError)) as failure:  # what is wrong otherwise keeps its own words
+        model(tiny.tokens(2, 4) + 10**6)
+    assert not isinstance(failure.value, DataError)
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "t5"])

@@ -16,6 +16,7 @@ from veneer.errors import ConfigError, UnsupportedError, VeneerError
 from veneer.model import PeftModel
 from veneer.quantised_bases import dequantise
 from veneer.samples import resolve_model
+from veneer.structure import is_encoder_decoder
 from veneer.training import checkpoints, folder
 from veneer.training.models import load_tokenizer
 from veneer.training.trained import load_adapted
@@ -169,7 +170,7 @@ def _probe(model: PeftModel) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, words, (_PROBES, _LENGTH), generator=generator).to(model.device)
     probe = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if model.config.is_encoder_decoder:
+    if is_encoder_decoder(model):
         probe["decoder_input_ids"] = ids
     return probe
 

@@ -24,6 +24,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from veneer import machine, quantised_bases, units
 from veneer.data import TaskData, load_task
+from veneer.data.batches import IGNORED
 from veneer.errors import ConfigError
 from veneer.evaluation import outlines, simulation
 from veneer.method_strings import parse_method
@@ -31,7 +32,6 @@ from veneer.model import PeftModel, get_peft_model
 from veneer.optimizers.lorafa import freeze_down
 from veneer.options import RunOptions
 from veneer.training import arguments, samplers
-from veneer.training.guards import IGNORED
 from veneer.training.labelled import total_loss
 from veneer.training.models import load_config, load_tokenizer, room
 from veneer.training.run import TASK_TYPES

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from veneer.data.batches import IGNORED
 from veneer.errors import DataError
 from veneer.options import Task
 
-IGNORED = -100
 # Logits are turned into losses in pieces of about this many numbers (64 MB in float32).
 _PIECE = 1 << 24
 

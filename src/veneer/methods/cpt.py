@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from veneer.adapter import put
 from veneer.config import TaskType
+from veneer.data.batches import IGNORED
 from veneer.errors import ConfigError
 from veneer.methods.prompt_tuning import embedded
-from veneer.prompting.prompts import IGNORED, Lengthened, Prompt, VirtualTokens, VirtualTokensConfig
+from veneer.prompting.prompts import Lengthened, Prompt, VirtualTokens, VirtualTokensConfig
 from veneer.registry import register
 from veneer.sites import Site
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from veneer import structure, targets
 from veneer.adapter import Base
 from veneer.config import ModuleConfig, check_positive, check_shares
+from veneer.data.batches import IGNORED
 from veneer.errors import ConfigError, StateError, UnsupportedError
 from veneer.outputs import OutputAdapter
 from veneer.registry import register
@@ -147,7 +148,7 @@ class LoReFT(OutputAdapter):
             real = mask.bool()
         labels = inputs.get("labels")
         if config.ends_at_labels and isinstance(labels, Tensor) and labels.shape == real.shape:
-            asked = (labels != -100) & real
+            asked = (labels != IGNORED) & real
             before = real & (asked.cumsum(1) == 0)
             real = torch.where(before.any(1, keepdim=True) & asked.any(1, keepdim=True), before, real)
         return {_key(config): Prompt(ends(real, config.prefix_positions, config.suffix_positions), generating)}

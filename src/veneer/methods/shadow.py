@@ -15,6 +15,7 @@ from transformers import AutoModel
 
 from veneer.adapter import Adapter, Base, Shared, put
 from veneer.config import ModuleConfig, TaskType, check_positive, check_shares
+from veneer.data.batches import IGNORED
 from veneer.errors import ConfigError, TargetError
 from veneer.experts import freeze
 from veneer.registry import register
@@ -94,7 +95,7 @@ class ShadowNetwork(Shared):
             return None
         like = next(head.parameters()).dtype
         if self.config.task_type == TaskType.CAUSAL_LM:
-            labelled = labels[:, 1:] != -100
+            labelled = labels[:, 1:] != IGNORED
             logits = head(state[:, :-1][labelled].to(like))
             return F.cross_entropy(logits, labels[:, 1:][labelled]) if labelled.any() else logits.sum()
         last = torch.full(state.shape[:1], state.shape[1] - 1, device=state.device)

@@ -18,12 +18,12 @@ from veneer import checkpoint
 from veneer.adapter import Adapter, Base
 from veneer.attention import SEES, hooks
 from veneer.config import PeftConfig
+from veneer.data.batches import IGNORED
 from veneer.errors import BaseMismatchError, ConfigError, StateError
 from veneer.methods.cartridge import CartridgeConfig
 from veneer.model import PeftModel
 from veneer.preparation import Run, places_of, settle
 from veneer.prompting.key_values import KeyValueConfig, KeyValuePrefix, KeyValues
-from veneer.prompting.prompts import IGNORED
 from veneer.structure import is_encoder_decoder
 
 

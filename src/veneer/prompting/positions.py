@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.errors import UnsupportedError
+from veneer.errors import DataError, UnsupportedError
 from veneer.structure import is_encoder_decoder
 
 
@@ -55,6 +55,37 @@ def positions_in(model: nn.Module) -> int | None:
         return None
     tables: list[Any] = [m for m in model.modules() if hasattr(m, "create_position_ids_from_input_ids")]
     return most - max((table.padding_idx + 1 for table in tables), default=0)
+
+
+@contextmanager
+def explained(model: nn.Module, given: Mapping[str, Any], added: int, shift: int) -> Iterator[None]:
+    """Tells what a text has no positions for, where the model only fails at an index.
+
+    Args:
+        model: The base model.
+        given: What it is called with, by name, before anything is put before the text.
+        added: How many columns are.
+        shift: By how many positions prefixes move the text, at most.
+
+    Raises:
+        DataError: The text, what is put before it and what is to be generated are longer than the model has positions.
+    """
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:
+        most, cache = positions_in(model), given.get("past_key_values")
+        texts = (given.get(name) for name in ("input_ids", "inputs_embeds", "decoder_input_ids"))
+        length = max((text.shape[1] for text in texts if text is not None), default=0)
+        length += 0 if cache is None else int(cache.get_seq_length())
+        new = max(0, (given.get("max_new_tokens") or 0) - 1)  # the last one is not read
+        if most is None or length + added + shift + new <= most:
+            raise
+        behind = f" and {new + 1} new ones behind it" if new else ""
+        raise DataError(
+            f"{type(model).__name__} has {most} positions, and a text of {length} tokens with {added + shift} virtual "
+            f"tokens before it{behind} needs {length + added + shift + new}. Cut the text to "
+            f"{most - added - shift - new} tokens, or use adapters with fewer virtual tokens."
+        ) from error
 
 
 def holes(mask: Tensor) -> bool:

@@ -17,14 +17,12 @@ from torch import Tensor, nn
 
 from veneer.adapter import Adapter, Base, Shared
 from veneer.config import ModuleConfig, TaskType, check_positive
+from veneer.data.batches import IGNORED
 from veneer.errors import CheckpointError, ConfigError, TargetError, UnsupportedError
 from veneer.prompting.positions import holes, positions_of, takes_positions
 from veneer.sites import Site
 from veneer.structure import is_encoder_decoder
 from veneer.targets import frozen, input_embedding, walk
-
-IGNORED = -100
-"""The label of what no loss is computed for."""
 
 
 class Prompt(Shared):

@@ -18,7 +18,7 @@ def stack(base: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
     Raises:
         UnsupportedError: They are not one stack.
     """
-    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+    if structure.is_encoder_decoder(base):
         raise UnsupportedError("an encoder-decoder has two stacks of blocks, of which the lower part is not one piece")
     paths = structure.blocks(modules)
     if not paths:

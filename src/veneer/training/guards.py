@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from veneer.data.batches import IGNORED
 from veneer.errors import DataError, VeneerError, VeneerWarning
 
-IGNORED = -100
 # How many steps a parameter has to receive a gradient. One is not enough: LoRA's `down` has none until the first
 # step has moved `up` away from zero, and an expert has none until a token is sent to it.
 PATIENCE = 3

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from veneer.data.batches import IGNORED
 from veneer.errors import UnsupportedError
 from veneer.products import is_hooked
 from veneer.targets import frozen
-from veneer.training.guards import IGNORED
 
 LOGITS_AT_ONCE = 2**23
 """Elements of logits that are there at a time: 32 MB in float32."""

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import UnsupportedError
+from veneer.structure import is_encoder_decoder
 from veneer.training import samplers
 from veneer.training.packing import PackedRows
 
@@ -46,7 +47,7 @@ class PackedRun:
             self.line = f"Packed rows: off, for {reason}."
             return
         share = _padding(trainer)
-        which = "the encoder's" if self._rows.model.config.is_encoder_decoder else "training"
+        which = "the encoder's" if is_encoder_decoder(self._rows.model) else "training"
         saved = "" if share is None else f" ({share:.0%} of {which} positions)"
         self.line = f"Packed rows: nothing is computed for padding{saved}."
 

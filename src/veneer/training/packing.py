@@ -24,7 +24,7 @@ from veneer.attention import Packing, RowMask, Rows
 from veneer.errors import UnsupportedError
 from veneer.model import PeftModel
 from veneer.stores import rounds_inputs
-from veneer.structure import blocks
+from veneer.structure import blocks, is_encoder_decoder
 from veneer.targets import walk
 from veneer.training.row_keys import LOOKING_IN, loss_at_padding
 
@@ -159,7 +159,7 @@ class PackedRows:
         Returns:
             What keeps rows that are padded on this side from being packed; none if nothing does.
         """
-        runs = self._root if self.model.config.is_encoder_decoder else self.model
+        runs = self._root if is_encoder_decoder(self.model) else self.model
         batch, packed_before = _few_tokens(runs, side), self._packed
         modes = {module: module.training for module in runs.modules()}
         runs.eval()
@@ -194,7 +194,7 @@ def _root(model: Any) -> Any:
     config = getattr(model, "config", None)
     if config is None or getattr(model, "main_input_name", None) != "input_ids":
         raise UnsupportedError(f"{type(model).__name__} is no transformers model of text")
-    return model.get_encoder() if config.is_encoder_decoder else model
+    return model.get_encoder() if is_encoder_decoder(model) else model
 
 
 def _stack(root: nn.Module) -> list[nn.Module]:

@@ -26,11 +26,13 @@ from transformers.trainer_utils import seed_worker
 from transformers.utils import logging
 from transformers.utils.generic import can_return_loss, find_labels
 
+from veneer.data.batches import IGNORED
 from veneer.errors import CheckpointError, UnsupportedError
 from veneer.functional import load_peft_weights, set_peft_model_state_dict
 from veneer.model import PeftModel
 from veneer.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from veneer.optimizers.riemannian import with_preconditioner
+from veneer.structure import is_encoder_decoder
 from veneer.training import checkpoints, guards, samplers, schedules
 from veneer.training.clock import Clock
 from veneer.training.compiled import compile_blocks
@@ -91,8 +93,7 @@ class Trainer(transformers.Trainer):
             self.label_names = find_labels(type(base))
         self.can_return_loss = can_return_loss(type(base))
         shifts = LOSS_MAPPING.get(getattr(base, "loss_type", "")) is ForCausalLMLoss
-        config = getattr(base, "config", None)
-        self._loss_is_causal = shifts and not getattr(config, "is_encoder_decoder", False)
+        self._loss_is_causal = shifts and not is_encoder_decoder(base)
         # Behind virtual tokens the first label of a row has something that it is predicted from, so it counts.
         adapted = self._adapted()
         self._loss_shifts_labels = self._loss_is_causal and not (adapted is not None and adapted.added()[0])
@@ -266,7 +267,7 @@ class Trainer(transformers.Trainer):
         labels = inputs.get("shift_labels", inputs["labels"])
         if self._loss_shifts_labels and "shift_labels" not in inputs:
             labels = labels[..., 1:]
-        share = labels.ne(guards.IGNORED).sum() / num_items_in_batch
+        share = labels.ne(IGNORED).sum() / num_items_in_batch
         if self.args.average_tokens_across_devices:
             share = share * self.accelerator.num_processes  # the processes' gradients are averaged later
         loss, outputs = super().compute_loss(model, inputs, True, None)
