@@ -54,6 +54,7 @@ _HOME = {
     "PromptTuningInit": "veneer.methods.prompt_tuning",
     "keep_freed_memory": "veneer.allocation",
     "packed_rows": "veneer.training.packing",
+    "recomputed_activations": "veneer.training.recompute",
     "parse_method": "veneer.method_strings",
     "Trainer": "veneer.training.trainer",
     "get_layer_status": "veneer.status",

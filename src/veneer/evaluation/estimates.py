@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from veneer.method_strings import parse_method
 from veneer.model import PeftModel, get_peft_model
 from veneer.optimizers.lorafa import freeze_down
 from veneer.options import RunOptions
-from veneer.training import arguments, samplers
+from veneer.training import arguments, recompute, samplers
 from veneer.training.labelled import total_loss
 from veneer.training.models import load_config, load_tokenizer, room
 from veneer.training.run import TASK_TYPES
@@ -282,7 +282,8 @@ def _no_numbers(model: PeftModel, device: torch.device, args: Any) -> Iterator[N
         model.gradient_checkpointing_enable({"use_reentrant": False, **given, "preserve_rng_state": False})
     model.train()
     try:
-        with simulation.shadows(model, device):
+        less = recompute.Recompute(tried=False) if recompute.suits(args) else nullcontext
+        with simulation.shadows(model, device), less():
             yield
     except (RuntimeError, NotImplementedError, TypeError) as error:
         raise ConfigError(

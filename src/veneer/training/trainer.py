@@ -33,7 +33,7 @@ from veneer.model import PeftModel
 from veneer.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from veneer.optimizers.riemannian import with_preconditioner
 from veneer.structure import is_encoder_decoder
-from veneer.training import checkpoints, guards, samplers, schedules
+from veneer.training import checkpoints, guards, recompute, samplers, schedules
 from veneer.training.clock import Clock
 from veneer.training.compiled import compile_blocks
 from veneer.training.labelled import LabelledLoss
@@ -71,9 +71,11 @@ class Trainer(transformers.Trainer):
         self._reuse: Reuse | None = None
         self._packing: PackedRun | None = None
         self._labelled_loss: Callable[[], AbstractContextManager[None]] | None = None
-        self._offload: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._activations: Callable[[], AbstractContextManager[None]] = nullcontext
         if getattr(self.args, "offload_activations", False):
-            self._offload = Offload(_base(self.model))
+            self._activations = Offload(_base(self.model))
+        elif recompute.suits(self.args):
+            self._activations = recompute.Recompute()
         if getattr(self.args, "compile_blocks", False):
             compile_blocks(_base(self.model))
         self.add_callback(guards.GradientGuard())
@@ -217,7 +219,7 @@ class Trainer(transformers.Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One forward and backward pass, between checks of the labels and of the loss."""
         guards.check_labels(inputs, self.label_names, self.state.global_step, self._loss_shifts_labels)
-        with self._offload(), self.reuse.training(), self.packing(), self._loss_at_labels():
+        with self._activations(), self.reuse.training(), self.packing(), self._loss_at_labels():
             loss = super().training_step(model, inputs, num_items_in_batch)
         guards.check_loss(loss, self.state.global_step, self._get_learning_rate())
         return loss
