@@ -1,51 +1,52 @@
 """All output and sparse methods at about equal parameter budgets, against LoRA, full tuning and the head alone.
 
-A run is `veneer train` as it comes, with the method's own learning rate, in a process of its own; three seeds decide
-head, adapter, split and order. `SIZES` says which setting brings a method near the budget, that of LoRA with r=8 on
-query and value: of its candidates the one with the nearest number of parameters is taken, counted on a model without
-weights. Methods of these kinds that the table does not know run as they come, and say so; what is left out says why. A
-method that cannot be trained here has a row with the reason.
+Every method is trained on movie sentiment as `veneer compare` does it, with its own learning rate, on one base model;
+three seeds decide head, adapter, split and order. `SIZES` says which setting brings a method near the budget, that of
+LoRA with r=8 on query and value: of its candidates the one with the nearest number of parameters is taken, counted on a
+model without weights. Methods of these kinds that the table does not know run as they come, and say so; what is left
+out says why. A method that cannot be trained here has a row with the reason. What has finished is kept in
+`outputs/tradeoff` until the whole table is there, so that a run that was interrupted goes on where it was.
 """
 
 from __future__ import annotations
 
 import functools
+import shutil
 import statistics
-import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Row, Spread, apart
+from benchmarks.harness import ROOT, Row, Spread, apart
 
 ORDER = 68
 QUESTION = "What do output and sparse methods reach with as many parameters as LoRA?"
 
+DATA, KIND = "movie-sentiment", "classification"
+
 
 @dataclass(frozen=True)
 class Task:
-    """A model and data.
+    """A model, and how much of the data it sees.
 
     Args:
-        kind: `classification` or `causal-lm`.
         model: A sample model.
         train: How many examples are trained on.
         held_out: How many are held out.
         epochs: How often.
+        batch: Examples a step.
     """
 
-    kind: str
     model: str
     train: int
     held_out: int
     epochs: int
+    batch: int
 
 
-TASKS = {
-    "movie-sentiment": Task("classification", "minilm", 2000, 1000, 2),
-    "tweets": Task("causal-lm", "smollm2", 160, 100, 1),
-}
+TASK = Task("minilm", 1000, 500, 2, 16)
+QUICK = (16, 16)
 SEEDS = (0, 1, 2)
 REFERENCES = ("lora", "full", "head")
 
@@ -103,32 +104,31 @@ LEFT_OUT = {
 
 
 def run(quick: bool) -> Iterator[Row]:
-    seeds = SEEDS[:1] if quick else SEEDS
-    for data, task in TASKS.items():
-        limits = (16, 16) if quick else (task.train, task.held_out)
-        names = ["lora", "fish_mask"] if quick else compared()
-        fitted = settings(task, names)
-        known: dict[str, dict[int, float]] = {}
-        for name in names:
-            what, method = f"{data}, {task.model}: {name}", fitted[name]
-            found: list[dict[str, Any]] = []
-            try:
-                for seed in seeds:
-                    named = {"data": data, "method": method, "seed": seed, "limit": limits[0], "held_out": limits[1]}
-                    done = apart("tradeoff", "whole", **named)
-                    found.append({**done.value, "memory": done.memory})
-            except RuntimeError as error:  # the others are worth knowing all the same
-                reason = str(error).strip().splitlines()[-1]
-                yield Row(what, "nothing", Spread.of([float("nan")]), "failed", score={"failed": reason[:200]})
-                continue
-            known[name] = {seed: each["score"] for seed, each in zip(seeds, found, strict=True)}
-            told = {"trained": f"{found[0]['trained']:,}", "settings": _told(method)}
-            if name != "lora" and "lora" in known:
-                less = [known[name][seed] - known["lora"][seed] for seed in known[name] if seed in known["lora"]]
-                told["less LoRA"] = f"{statistics.median(less):+.3f}"
-            memory = {"Veneer": statistics.median(each["memory"] for each in found)}
-            figure = Spread.of([each["score"] for each in found])
-            yield Row(what, f"{len(seeds)} seeds", figure, found[0]["name"], memory=memory, score=told)
+    yield from of_model(TASK, quick)
+
+
+def of_model(task: Task, quick: bool) -> Iterator[Row]:
+    """All methods on one model."""
+    if quick:
+        task = Task(task.model, *QUICK, epochs=1, batch=8)
+    fitted = settings(task, ["lora", "fish_mask"] if quick else compared())
+    kept = ROOT / "outputs" / f"tradeoff-{task.model}{'-quick' if quick else ''}"
+    by_seed: dict[int, dict[str, Any]] = {}
+    for seed in SEEDS[:1] if quick else SEEDS:
+        named = {"folder": str(kept / f"seed-{seed}"), "task": asdict(task), "methods": list(fitted.values())}
+        by_seed[seed] = apart("tradeoff", "trained", seed=seed, **named).value
+    for name, method in fitted.items():
+        what, found = f"{task.model}: {name}", [by_seed[seed][name] for seed in by_seed]
+        if failed := next((each["failed"] for each in found if "failed" in each), None):
+            yield Row(what, "nothing", Spread.of([float("nan")]), "failed", score={"failed": failed[:200]})
+            continue
+        told = {"trained": f"{found[0]['trained']:,}", "settings": _told(method)}
+        against = [by_seed[seed]["lora"] for seed in by_seed]
+        if name != "lora" and not any("failed" in each for each in against):
+            less = [a["accuracy"] - b["accuracy"] for a, b in zip(found, against, strict=True)]
+            told["less LoRA"] = f"{statistics.median(less):+.3f}"
+        yield Row(what, f"{len(found)} seeds", Spread.of([each["accuracy"] for each in found]), "accuracy", score=told)
+    shutil.rmtree(kept, ignore_errors=True)
 
 
 def compared() -> list[str]:
@@ -180,15 +180,15 @@ def settings(task: Task, names: Sequence[str]) -> dict[str, dict[str, Any]]:
 def _trained(task: Task, method: dict[str, Any]) -> int:
     """How many parameters a method trains, counted on a model without weights; very many where it cannot be."""
     settings = ",".join(f"{key}={value}" for key, value in method.items() if key != "name")
-    return _counted(task.model, f"{method['name']}:{settings}", task.kind)
+    return _counted(task.model, f"{method['name']}:{settings}")
 
 
 @functools.cache
-def _counted(model: str, method: str, kind: str) -> int:
+def _counted(model: str, method: str) -> int:
     from veneer.commands.model_tree import inspect_model
 
     try:
-        return inspect_model(model, method, None, kind).trained or 0
+        return inspect_model(model, method, None, KIND).trained or 0
     except Exception:  # a method that cannot be put on this model says so when it is run
         return UNKNOWN
 
@@ -197,7 +197,7 @@ def _linear(task: Task) -> list[tuple[int, ...]]:
     """Shapes of what `all-linear` means."""
     from veneer.commands.model_tree import inspect_model
 
-    report = inspect_model(task.model, None, "all-linear", task.kind)
+    report = inspect_model(task.model, None, "all-linear", KIND)
     return [report.sites[path][1] for path in report.matched or ()]
 
 
@@ -214,38 +214,32 @@ def _told(method: dict[str, Any]) -> str:
     return ", ".join(told[1:]) or "as it comes"
 
 
-def whole(data: str, method: dict[str, Any], seed: int, limit: int, held_out: int) -> dict[str, Any]:
-    """One run: its held-out score, the score's name, and how many parameters were trained."""
+def trained(folder: str, task: dict[str, Any], methods: list[dict[str, Any]], seed: int) -> dict[str, dict[str, Any]]:
+    """All methods with one seed: held-out accuracy and how many parameters were trained, or what failed, by name."""
     from rich.console import Console
 
-    from veneer.evaluation.report import score
     from veneer.options import DataOptions, ModelOptions, OutputOptions, RunOptions
-    from veneer.training.run import train
+    from veneer.training.many import configurations, train_many
 
-    task = TASKS[data]
-    with tempfile.TemporaryDirectory() as folder:
-        section = DataOptions(data, max_length=128, limit=limit, validation_limit=held_out)
-        if task.kind == "causal-lm":
-            section = _tweets(Path(folder) / "data", limit, held_out)
-        result = train(
-            RunOptions(
-                task=task.kind,  # type: ignore[arg-type]
-                model=ModelOptions(task.model, dtype="float32"),
-                data=section,
-                method=method,
-                training={"num_train_epochs": task.epochs, "seed": seed, "save_strategy": "no"},
-                output=OutputOptions(str(Path(folder) / "run")),
-            ),
-            console=Console(quiet=True),
-        )
-    name, value = score(result.after)
-    return {"name": name, "score": value, "trained": result.trained_parameters}
-
-
-def _tweets(folder: Path, limit: int, held_out: int) -> Any:
-    """The demo's tweets: one word says their feeling."""
-    from veneer.evaluation import demo
-    from veneer.options import DataOptions
-
-    train, held = demo._write_tweets(folder, demo.Sizes(tweets=limit, held_out_tweets=held_out))
-    return DataOptions(str(train), validation=str(held))
+    sizes = Task(**task)
+    options = RunOptions(
+        task=KIND,
+        model=ModelOptions(sizes.model, dtype="float32"),
+        data=DataOptions(DATA, max_length=64, limit=sizes.train, validation_limit=sizes.held_out),
+        training={
+            "num_train_epochs": sizes.epochs,
+            "per_device_train_batch_size": sizes.batch,
+            "seed": seed,
+            "eval_strategy": "no",
+            "save_strategy": "no",
+        },
+        output=OutputOptions(folder, resume=Path(folder).exists()),
+    )
+    done = train_many(options, methods, console=Console(quiet=True))
+    figures: dict[str, dict[str, Any]] = {}
+    for method, name in zip(methods, configurations(options, methods), strict=True):
+        if (result := done.results.get(name)) is None:
+            figures[method["name"]] = {"failed": done.failures[name].strip().splitlines()[-1]}
+        else:
+            figures[method["name"]] = {"accuracy": result.after["accuracy"], "trained": result.trained_parameters}
+    return figures
