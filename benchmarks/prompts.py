@@ -20,12 +20,18 @@ ORDER = 68
 QUESTION = "Do prompts and prefixes learn what LoRA learns?"
 
 TASKS = {"sms-spam": "SMS spam", "movie-sentiment": "Movie sentiment"}
-METHODS = {
-    "head": "head",
-    "prompt tuning": "prompt_tuning:num_virtual_tokens=16,prompt_tuning_init=SAMPLE_VOCAB",
-    "P-tuning": "p_tuning:num_virtual_tokens=16",
-    "prefix tuning": "prefix_tuning:num_virtual_tokens=16",
-    "LoRA": "lora:r=8,lora_alpha=16",
+VIRTUAL = {"num_virtual_tokens": 16}
+METHODS: dict[str, dict[str, Any]] = {
+    "head": {"name": "head"},
+    "prompt tuning": {"name": "prompt_tuning", **VIRTUAL, "prompt_tuning_init": "SAMPLE_VOCAB"},
+    "P-tuning": {"name": "p_tuning", **VIRTUAL},
+    "prefix tuning": {"name": "prefix_tuning", **VIRTUAL},
+    "prefix tuning from a text": {"name": "prefix_tuning", **VIRTUAL, "init_text": "of the task"},
+    "LoRA": {"name": "lora", "r": 8, "lora_alpha": 16},
+}
+TEXTS = {
+    "sms-spam": "This message is either spam or not spam. It was sent to a mobile phone. Here is the message",
+    "movie-sentiment": "This movie review is either positive or negative. A film critic wrote it. Here is the review",
 }
 KEPT, PAGE = ROOT / "outputs" / "prompts", ROOT / "docs" / "prompts.md"
 
@@ -47,7 +53,7 @@ class Sizes:
     epochs: int
 
 
-MODELS = {"minilm": Sizes(400, 300, 16, 10), "smollm2": Sizes(200, 150, 8, 3)}
+MODELS = {"minilm": Sizes(2000, 1000, 16, 3), "smollm2": Sizes(200, 300, 8, 3)}
 QUICK = Sizes(32, 32, 16, 1)
 
 
@@ -87,11 +93,12 @@ def compared(folder: str, model: str, data: str, sizes: dict[str, int]) -> dict[
         },
         output=OutputOptions(folder, resume=Path(folder).exists()),
     )
-    done = train_many(options, list(METHODS.values()), console=Console(quiet=True))
+    methods = [{**method, "init_text": TEXTS[data]} if "init_text" in method else method for method in METHODS.values()]
+    done = train_many(options, methods, console=Console(quiet=True))
     if done.failures:
         raise RuntimeError(str(done.failures))
     figures: dict[str, dict[str, Any]] = {}
-    for name, configuration in zip(METHODS, configurations(options, list(METHODS.values())), strict=True):
+    for name, configuration in zip(METHODS, configurations(options, methods), strict=True):
         result = done.results[configuration]
         figures[name] = {
             "accuracy": result.after["accuracy"],

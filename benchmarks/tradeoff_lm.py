@@ -12,4 +12,4 @@ QUESTION = "And on a language model?"
 
 
 def run(quick: bool) -> Iterator[Row]:
-    yield from tradeoff.of_model(tradeoff.Task("smollm2", 120, 120, 2, 8), quick)
+    yield from tradeoff.of_model(tradeoff.Task("smollm2", 128, 100, 2, 4), quick)

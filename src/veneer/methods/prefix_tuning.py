@@ -131,9 +131,11 @@ class PrefixTuningConfig(KeyValueConfig):
 
     @property
     def learning_rates(self) -> Mapping[str, float]:  # type: ignore[override]
-        """Of keys and values; a network wants the rates that others do."""
-        own = {"classification": 3e-2, "causal-lm": 1e-2}
-        return PeftConfig.learning_rates if self.prefix_projection else own
+        """Of keys and values; those of a context are worth keeping, and a network wants the rates that others do."""
+        if self.prefix_projection:
+            return PeftConfig.learning_rates
+        begun = bool(self.init_text or self.init_examples)
+        return {"classification": 1e-2 if begun else 3e-2, "causal-lm": 1e-2}
 
     def __post_init__(self) -> None:
         super().__post_init__()
