@@ -174,7 +174,8 @@ class DiffPruningConfig(ModuleConfig):
     Args:
         density: Share of the entries of all layers together that is left in the end.
         sparsity_weight: Factor lambda of the number of open gates in the loss.
-        relaxed: Share of the training steps before the delta is pruned.
+        relaxed: Share of the training steps before the delta is pruned. What is left wants a rate that would soon ruin
+            a dense model, so the default is about the warm-up.
         structured: Give every weight one more gate, so that whole layers can stay as they are.
         init_gate: What a starts from; 5 is open.
         noise: Draw the gates anew in every training step; False leaves the noise out.
@@ -186,12 +187,12 @@ class DiffPruningConfig(ModuleConfig):
 
     adapter = DiffPruning
     peft_name = "DIFF_PRUNING"
-    learning_rates = {"classification": 1e-4, "causal-lm": 5e-5}  # noqa: RUF012  # of dense deltas, until they are pruned
+    learning_rates = {"classification": 5e-3, "causal-lm": 2e-3}  # noqa: RUF012  # of the entries that are left
     default_targets = ("all-linear",)
 
     density: float = 0.005
     sparsity_weight: float = 1.25e-7
-    relaxed: float = 0.75
+    relaxed: float = 0.1
     structured: bool = False
     init_gate: float = 5.0
     noise: bool = True
