@@ -41,6 +41,7 @@ class MamConfig(CompositeConfig):
 
     adapter = MixAndMatch
     peft_name = "MAM"
+    learning_rates = {"classification": 3e-3, "causal-lm": 1e-3}  # noqa: RUF012  # read only
 
     num_virtual_tokens: int = 30
     prefix_projection: bool = False
