@@ -29,6 +29,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "prefix tuning from a text": {"name": "prefix_tuning", **VIRTUAL, "init_text": "of the task"},
     "LoRA": {"name": "lora", "r": 8, "lora_alpha": 16},
 }
+# Where a method learns with another rate than its default alone.
+RATES = {("minilm", "P-tuning"): 8e-3}
 TEXTS = {
     "sms-spam": "This message is either spam or not spam. It was sent to a mobile phone. Here is the message",
     "movie-sentiment": "This movie review is either positive or negative. A film critic wrote it. Here is the review",
@@ -93,7 +95,11 @@ def compared(folder: str, model: str, data: str, sizes: dict[str, int]) -> dict[
         },
         output=OutputOptions(folder, resume=Path(folder).exists()),
     )
-    methods = [{**method, "init_text": TEXTS[data]} if "init_text" in method else method for method in METHODS.values()]
+    methods = []
+    for name, method in METHODS.items():
+        text = {"init_text": TEXTS[data]} if "init_text" in method else {}
+        rate = {"training": {"learning_rate": RATES[model, name]}} if (model, name) in RATES else {}
+        methods.append({**method, **text, **rate})
     done = train_many(options, methods, console=Console(quiet=True))
     if done.failures:
         raise RuntimeError(str(done.failures))
