@@ -30,8 +30,8 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
-# Loggers that talk while transformers imports torchao, which it does wherever it is installed.
-_TALKING_ON_IMPORT = ("torchao", "torch.utils._pytree")
+# Loggers that talk while transformers imports torchao and bitsandbytes, which it does wherever they are installed.
+_TALKING_ON_IMPORT = ("torchao", "torch.utils._pytree", "bitsandbytes")
 
 # Texts of a file that are answered together: enough to sort them by length, few enough to see answers soon.
 _GROUP = 256

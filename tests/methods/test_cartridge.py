@@ -188,7 +188,7 @@ def test_a_training_run_starts_from_it(start: str, tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text("\n".join(lines), encoding="utf-8")
     options = RunOptions(
         task="causal-lm",
-        model=ModelOptions(str(base)),
+        model=ModelOptions(str(base), dtype="float32"),
         data=DataOptions(str(tmp_path / "data.jsonl")),
         output=OutputOptions(folder=str(tmp_path / "run")),
         method=f"cartridge:num_virtual_tokens={N},{start}",

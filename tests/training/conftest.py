@@ -107,7 +107,7 @@ def classify_into(encoder: Path, reviews: Path) -> Callable[..., RunOptions]:
     ) -> RunOptions:
         return RunOptions(
             task="classification",
-            model=ModelOptions(str(encoder)),
+            model=ModelOptions(str(encoder), dtype="float32"),  # which type is fast differs from machine to machine
             data=DataOptions(str(reviews), validation_share=0.25),
             output=OutputOptions(**{"folder": str(folder), **(output or {})}),
             method=method,
@@ -132,7 +132,7 @@ def write(decoder: Path, answers: Path, tmp_path: Path) -> Callable[..., RunOpti
     ) -> RunOptions:
         return RunOptions(
             task="causal-lm",
-            model=ModelOptions(str(decoder)),
+            model=ModelOptions(str(decoder), dtype="float32"),
             data=DataOptions(str(answers), validation_share=0.2),
             output=OutputOptions(**{"folder": str(tmp_path / "run"), **(output or {})}),
             method=method,
