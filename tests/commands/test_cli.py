@@ -293,7 +293,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(place: Path, tmp_path: Pa
     while not list((tmp_path / "a run").glob("checkpoint-*")) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 130, said
     assert "Traceback" not in said
     assert "--output.resume true" in said.splitlines()[-1]
@@ -374,7 +374,7 @@ def test_predict_in_a_pipe_answers_line_by_line(classifier: str) -> None:
             # The answer comes while the pipe is still open.
             answer = json.loads(process.stdout.readline())
             assert (answer["text"], answer["label"]) == (text, label)
-        assert process.communicate(timeout=60) == ("", "")
+        assert process.communicate(timeout=300) == ("", "")
     assert process.returncode == 0
 
 
