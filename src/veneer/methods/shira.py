@@ -105,6 +105,7 @@ class ShiraConfig(ModuleConfig):
 
     adapter = Shira
     peft_name = "SHIRA"
+    learning_rates = {"classification": 5e-3, "causal-lm": 2e-3}  # noqa: RUF012  # read only
     own_fields = frozenset({"exclude_modules", "layers_pattern", "layers_to_transform"})
 
     r: int = 32
