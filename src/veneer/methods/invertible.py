@@ -149,7 +149,7 @@ class InvertibleConfig(ModuleConfig):
     adapter = Invertible
     peft_name = "INVERTIBLE"
     default_targets = (["embedding-output"],)
-    learning_rates = {"classification": 1e-2, "causal-lm": 3e-3}  # noqa: RUF012  # read only
+    learning_rates = {"classification": 4e-3, "causal-lm": 2e-3}  # noqa: RUF012  # read only
 
     inverse_modules: list[str] | str | None = None
     reduction: int = 2

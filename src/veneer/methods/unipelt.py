@@ -200,7 +200,7 @@ class UniPeltConfig(CompositeConfig):
 
     adapter = UniPelt
     peft_name = "UNIPELT"
-    learning_rates = {"classification": 4e-3, "causal-lm": 2e-3}  # noqa: RUF012  # read only
+    learning_rates = {"classification": 2e-3, "causal-lm": 1e-3}  # noqa: RUF012  # read only
 
     r: int = 8
     lora_alpha: float = 16
