@@ -30,7 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "LoRA": {"name": "lora", "r": 8, "lora_alpha": 16},
 }
 # Where a method learns with another rate than its default alone.
-RATES = {("minilm", "P-tuning"): 8e-3}
+RATES = {("minilm", "P-tuning"): 5e-3}
 TEXTS = {
     "sms-spam": "This message is either spam or not spam. It was sent to a mobile phone. Here is the message",
     "movie-sentiment": "This movie review is either positive or negative. A film critic wrote it. Here is the review",
