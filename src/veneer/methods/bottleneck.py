@@ -120,7 +120,7 @@ class BottleneckConfig(ModuleConfig):
     adapter: ClassVar[Any] = Bottleneck
     peft_name = "BOTTLENECK"
     default_targets = (["self-attention-output", "ffn-output"],)
-    learning_rates = {"classification": 3e-3, "causal-lm": 1e-3}  # noqa: RUF012  # read only
+    learning_rates = {"classification": 2e-3, "causal-lm": 1e-3}  # noqa: RUF012  # read only
     around: ClassVar[type[Bottleneck]] = AroundNorm
 
     reduction: int = 16
