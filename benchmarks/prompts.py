@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.comparisons import Task, compare
 from benchmarks.harness import ROOT, Row, Spread, apart
 from benchmarks.records import Record
 
@@ -38,33 +39,16 @@ TEXTS = {
 KEPT, PAGE = ROOT / "outputs" / "prompts", ROOT / "docs" / "prompts.md"
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """How much of the data a model sees.
-
-    Args:
-        train: Examples.
-        held_out: Examples.
-        batch: Examples a step.
-        epochs: Of training.
-    """
-
-    train: int
-    held_out: int
-    batch: int
-    epochs: int
-
-
-MODELS = {"minilm": Sizes(2000, 1000, 16, 3), "smollm2": Sizes(200, 300, 8, 3)}
-QUICK = Sizes(32, 32, 16, 1)
+# By model: examples to train on and held out, epochs, examples a step.
+SIZES = {"minilm": (2000, 1000, 3, 16), "smollm2": (200, 300, 3, 8)}
+QUICK = {"minilm": (32, 32, 1, 16)}
 
 
 def run(quick: bool) -> Iterator[Row]:
     kept = KEPT.with_name("prompts-quick") if quick else KEPT
-    for model, sizes in {"minilm": QUICK}.items() if quick else MODELS.items():
+    for model, sizes in (QUICK if quick else SIZES).items():
         for data in TASKS:
-            folder = kept / f"{model}-{data}"
-            named = {"folder": str(folder), "model": model, "data": data, "sizes": vars(sizes)}
+            named = {"folder": str(kept / f"{model}-{data}"), "task": asdict(Task(model, data, *sizes))}
             for name, found in apart("prompts", "compared", **named).value.items():
                 yield Row(
                     f"{data}, {model}, {name}",
@@ -76,36 +60,18 @@ def run(quick: bool) -> Iterator[Row]:
     shutil.rmtree(kept, ignore_errors=True)
 
 
-def compared(folder: str, model: str, data: str, sizes: dict[str, int]) -> dict[str, dict[str, float]]:
+def compared(folder: str, task: dict[str, Any]) -> dict[str, dict[str, float]]:
     """All methods on one model and one task; accuracy and parameters by the method's name."""
-    from rich.console import Console
-
-    from veneer.options import DataOptions, ModelOptions, OutputOptions, RunOptions
-    from veneer.training.many import configurations, train_many
-
-    options = RunOptions(
-        task="classification",
-        model=ModelOptions(model, dtype="float32"),
-        data=DataOptions(data, max_length=64, limit=sizes["train"], validation_limit=sizes["held_out"]),
-        training={
-            "num_train_epochs": sizes["epochs"],
-            "per_device_train_batch_size": sizes["batch"],
-            "eval_strategy": "no",
-            "save_strategy": "no",
-        },
-        output=OutputOptions(folder, resume=Path(folder).exists()),
-    )
+    sizes = Task(**task)
     methods = []
     for name, method in METHODS.items():
-        text = {"init_text": TEXTS[data]} if "init_text" in method else {}
-        rate = {"training": {"learning_rate": RATES[model, name]}} if (model, name) in RATES else {}
+        text = {"init_text": TEXTS[sizes.data]} if "init_text" in method else {}
+        rate = {"training": {"learning_rate": RATES[sizes.model, name]}} if (sizes.model, name) in RATES else {}
         methods.append({**method, **text, **rate})
-    done = train_many(options, methods, console=Console(quiet=True))
-    if done.failures:
-        raise RuntimeError(str(done.failures))
     figures: dict[str, dict[str, Any]] = {}
-    for name, configuration in zip(METHODS, configurations(options, methods), strict=True):
-        result = done.results[configuration]
+    for name, result in zip(METHODS, compare(sizes, methods, folder), strict=True):
+        if isinstance(result, str):
+            raise RuntimeError(f"{name}: {result}")
         figures[name] = {
             "accuracy": result.after["accuracy"],
             "before": result.before["accuracy"],

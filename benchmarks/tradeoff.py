@@ -14,39 +14,17 @@ import functools
 import shutil
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
+from benchmarks.comparisons import Task, compare
 from benchmarks.harness import ROOT, Row, Spread, apart
 
 ORDER = 68
 QUESTION = "What do output and sparse methods reach with as many parameters as LoRA?"
 
-DATA, KIND = "movie-sentiment", "classification"
-
-
-@dataclass(frozen=True)
-class Task:
-    """A model, and how much of the data it sees.
-
-    Args:
-        model: A sample model.
-        train: How many examples are trained on.
-        held_out: How many are held out.
-        epochs: How often.
-        batch: Examples a step.
-    """
-
-    model: str
-    train: int
-    held_out: int
-    epochs: int
-    batch: int
-
-
-TASK = Task("minilm", 1000, 500, 2, 16)
-QUICK = (16, 16)
+KIND = "classification"
+TASK = Task("minilm", "movie-sentiment", train=1000, held_out=500, epochs=2, batch=16)
 SEEDS = (0, 1, 2)
 REFERENCES = ("lora", "full", "head")
 
@@ -110,7 +88,7 @@ def run(quick: bool) -> Iterator[Row]:
 def of_model(task: Task, quick: bool) -> Iterator[Row]:
     """All methods on one model."""
     if quick:
-        task = Task(task.model, *QUICK, epochs=1, batch=8)
+        task = replace(task, train=16, held_out=16, epochs=1, batch=8)
     fitted = settings(task, ["lora", "fish_mask"] if quick else compared())
     kept = ROOT / "outputs" / f"tradeoff-{task.model}{'-quick' if quick else ''}"
     by_seed: dict[int, dict[str, Any]] = {}
@@ -216,30 +194,10 @@ def _told(method: dict[str, Any]) -> str:
 
 def trained(folder: str, task: dict[str, Any], methods: list[dict[str, Any]], seed: int) -> dict[str, dict[str, Any]]:
     """All methods with one seed: held-out accuracy and how many parameters were trained, or what failed, by name."""
-    from rich.console import Console
-
-    from veneer.options import DataOptions, ModelOptions, OutputOptions, RunOptions
-    from veneer.training.many import configurations, train_many
-
-    sizes = Task(**task)
-    options = RunOptions(
-        task=KIND,
-        model=ModelOptions(sizes.model, dtype="float32"),
-        data=DataOptions(DATA, max_length=64, limit=sizes.train, validation_limit=sizes.held_out),
-        training={
-            "num_train_epochs": sizes.epochs,
-            "per_device_train_batch_size": sizes.batch,
-            "seed": seed,
-            "eval_strategy": "no",
-            "save_strategy": "no",
-        },
-        output=OutputOptions(folder, resume=Path(folder).exists()),
-    )
-    done = train_many(options, methods, console=Console(quiet=True))
     figures: dict[str, dict[str, Any]] = {}
-    for method, name in zip(methods, configurations(options, methods), strict=True):
-        if (result := done.results.get(name)) is None:
-            figures[method["name"]] = {"failed": done.failures[name].strip().splitlines()[-1]}
+    for method, result in zip(methods, compare(Task(**task), methods, folder, seed=seed), strict=True):
+        if isinstance(result, str):
+            figures[method["name"]] = {"failed": result.strip().splitlines()[-1]}
         else:
             figures[method["name"]] = {"accuracy": result.after["accuracy"], "trained": result.trained_parameters}
     return figures
