@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from veneer.files import HUB_ARGUMENTS
 from veneer.method_strings import parse_method
 from veneer.replication import replicated, restore, settle
 from veneer.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
+from veneer.structure import inputs_by_name
 
 if TYPE_CHECKING:
     from veneer.prompting.prompts import Lengthened, Lengthening
@@ -185,16 +185,15 @@ class PeftModel(nn.Module):
         from veneer.prompting.prompts import Lengthened
 
         root = self.get_base_model()
-        given = {**dict(zip(inspect.signature(root.forward).parameters, args, strict=False)), **kwargs}
         alike = how.shift[0] if len(set(how.shift)) == 1 else None
         with (
-            explained(root, given, how.most, max(how.shift)),
+            explained(root, args, kwargs, how.most, max(how.shift)),
             moved(root, how.shifts, alike) if any(how.shift) else nullcontext(),
         ):
             if not how.most:
                 yield None, args, kwargs
                 return
-            text = Lengthened(how, root, given, generating)
+            text = Lengthened(how, root, inputs_by_name(root, args, kwargs), generating)
             yield text, (), text.inputs
 
     def added(self) -> tuple[int, int]:
@@ -234,8 +233,7 @@ class PeftModel(nn.Module):
         if not readers:
             yield
             return
-        names = inspect.signature(self.get_base_model().forward).parameters
-        inputs = {**dict(zip(names, args, strict=False)), **kwargs, "generating": generating}
+        inputs = {**inputs_by_name(self.get_base_model(), args, kwargs), "generating": generating}
         for name, method in readers.items():
             inputs |= method.note(inputs, self.peft_config[name])
         self.switch.inputs = inputs

@@ -9,8 +9,9 @@ named by hand.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 from torch import nn
 
@@ -217,6 +218,11 @@ _CROSS = ("cross", "encoder_attn", "EncDec", "encoder_attention")
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether the model reads one text and writes another."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def inputs_by_name(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model is called with, each under the name that its `forward` has for it."""
+    return {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
 
 
 def attentions(root: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:

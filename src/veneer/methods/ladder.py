@@ -260,8 +260,8 @@ class LadderConfig(ModuleConfig):
     """
 
     adapter = Ladder
-    learning_rates = {"classification": 4e-3, "causal-lm": 2e-3}  # noqa: RUF012  # read only
     peft_name = "LADDER"
+    learning_rates = {"classification": 4e-3, "causal-lm": 2e-3}  # noqa: RUF012  # read only
 
     reduction: int = 8
 

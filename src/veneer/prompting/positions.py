@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import DataError, UnsupportedError
-from veneer.structure import is_encoder_decoder
+from veneer.structure import inputs_by_name, is_encoder_decoder
 
 
 def takes_positions(model: nn.Module) -> bool:
@@ -58,12 +58,13 @@ def positions_in(model: nn.Module) -> int | None:
 
 
 @contextmanager
-def explained(model: nn.Module, given: Mapping[str, Any], added: int, shift: int) -> Iterator[None]:
+def explained(model: nn.Module, args: Any, kwargs: Mapping[str, Any], added: int, shift: int) -> Iterator[None]:
     """Tells what a text has no positions for, where the model only fails at an index.
 
     Args:
         model: The base model.
-        given: What it is called with, by name, before anything is put before the text.
+        args: What it is called with, before anything is put before the text.
+        kwargs: The same by name.
         added: How many columns are.
         shift: By how many positions prefixes move the text, at most.
 
@@ -73,6 +74,7 @@ def explained(model: nn.Module, given: Mapping[str, Any], added: int, shift: int
     try:
         yield
     except (IndexError, RuntimeError) as error:
+        given = inputs_by_name(model, args, kwargs)
         most, cache = positions_in(model), given.get("past_key_values")
         texts = (given.get(name) for name in ("input_ids", "inputs_embeds", "decoder_input_ids"))
         length = max((text.shape[1] for text in texts if text is not None), default=0)
@@ -110,8 +112,7 @@ def moved(model: nn.Module, shift: Callable[[int, torch.device], Tensor], alike:
     """
 
     def at_root(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        names = inspect.signature(model.forward).parameters
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        given = inputs_by_name(model, args, kwargs)
         text: Tensor = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
         positions = given.get("position_ids")
         positions = positions_of(model, given) if positions is None else positions

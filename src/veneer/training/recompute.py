@@ -48,14 +48,16 @@ class Recompute:
             yield
 
     def _pack(self, tensor: Tensor) -> Kept | Recipe:
+        recipe = self._recipe(tensor) if tensor.numel() >= _SMALLEST and tensor.is_contiguous() else None
+        return (tensor, tensor._version) if recipe is None else recipe
+
+    def _recipe(self, tensor: Tensor) -> Recipe | None:
         node: Any = tensor.grad_fn
-        if node is None or tensor.numel() < _SMALLEST or not tensor.is_contiguous():
-            return tensor, tensor._version
         while node is not None and node.name() in _VIEWS:
             node = node.next_functions[0][0]
         form = _form(node)
         if form is None:
-            return tensor, tensor._version
+            return None
         dtype, shape = tensor.dtype, tensor.shape
 
         def recipe() -> Tensor:
@@ -64,7 +66,7 @@ class Recompute:
         key = form, dtype
         if key not in self._right:
             self._right[key] = not self.tried or torch.equal(_unpack(recipe), tensor)
-        return recipe if self._right[key] else (tensor, tensor._version)
+        return recipe if self._right[key] else None
 
 
 def _unpack(kept: Kept | Recipe) -> Tensor:
