@@ -104,7 +104,8 @@ def test_processes_with_folders_of_their_own_share_a_study(
     assert [trial.number for trial in finished(found)] == [0, 1]
     assert [Path(trial.user_attrs["folder"]).parts[-3] for trial in finished(found)] == ["machine-0", "machine-1"]
     options = classify_into(tmp_path / "machine-2", num_train_epochs=2)
-    with pytest.raises(ConfigError, match=r"is of another question: training differ"):
+    options.model.dtype = "measured"
+    with pytest.raises(ConfigError, match=r"is of another question: model, training differ"):
         open_study(options, SearchOptions(["bitfit"], storage=where), tmp_path)
     options.output.overwrite = True
     assert not open_study(options, SearchOptions(["bitfit"], storage=where), tmp_path).trials

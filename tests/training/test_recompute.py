@@ -40,7 +40,7 @@ def adapted(family: str, dtype: torch.dtype = torch.float32, method: str = "lora
 
 def loss_of(model: veneer.PeftModel) -> Tensor:
     ids = tiny.tokens(3, 16)
-    labels = ids if "CausalLM" in type(model.get_base_model()).__name__ or hasattr(model, "lm_head") else ids[:, 0] % 2
+    labels = ids if hasattr(model, "lm_head") else ids[:, 0] % 2
     loss: Tensor = model(ids, labels=labels).loss
     return loss
 
@@ -120,7 +120,7 @@ def test_a_recipe_that_gives_other_numbers_is_not_used(monkeypatch: pytest.Monke
     monkeypatch.setattr(recompute, "_value", lambda node, dtype: value(node, dtype) + 1)
     less = Recompute()
     found = gradients(model, less())
-    assert list(less._right.values()) == [False] * len(less._right) != []
+    assert set(less._right.values()) == {False}
     assert all(torch.equal(usual[name], found[name]) for name in usual)
 
 
